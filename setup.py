@@ -1,0 +1,46 @@
+"""Packaging of unialign_jax. The version ranges are those the tests were run on; see README."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+# torch is pinned: a newer one would be downloaded with gigabytes of CUDA libraries that the tests do not use.
+TEST = ["diffusers>=0.35", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "torch==2.13.0", "transformers>=4.55"]
+
+setup(
+    name="unialign_jax",
+    version="0.1.0",
+    description="Unified image-text diffusion transformers (UniAlignment) in JAX, for TPU pods and GPUs.",
+    long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["unialign_jax", "unialign_jax.*"]),
+    install_requires=[
+        "jax>=0.10.2,<0.12",
+        "flax>=0.12.8,<0.13",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8,<0.13",
+        "grain>=0.2.18",
+        "tensorflow-datasets>=4.9.10",
+        "array-record>=0.8.3",
+        "ml_collections>=1.1",
+        "clu>=0.0.12",
+        "tensorboardX>=2.6",  # what clu's summary writer runs on here: TensorBoard files without TensorFlow
+        "absl-py>=2.1",
+        "etils[epath,epy]>=1.9",
+        "importlib_resources",  # undeclared need of tensorflow-datasets
+        "flatbuffers",  # undeclared need of jax.export
+        "numpy>=2.0",
+        "pillow>=11",
+        "safetensors>=0.5",
+        "tokenizers>=0.21",
+        "tqdm>=4.67",
+    ],
+    extras_require={
+        "test": TEST,
+        "tpu": ["jax[tpu]>=0.10.2,<0.12"],
+        "gpu": ["jax[cuda13]>=0.10.2,<0.12"],
+        "convert": ["torch>=2.8"],  # only to read a .pth mask-token vector
+    },
+)
