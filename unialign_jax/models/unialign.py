@@ -1,0 +1,388 @@
+"""UniAlignment's transformer: SD3-medium's MMDiT with two output heads and two semantic adapters.
+
+Computation: arXiv 2509.23760, section 3, and its public implementation; the layer names follow the usual MMDiT terms.
+One network serves both diffusions: the image head predicts a flow-matching velocity, the text head token logits.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unialign_jax.models.attention import attend
+from unialign_jax.models.layers import Dense, RMSNorm, layer_norm, mean_tokens
+
+NUM_NULL_TOKENS = 8
+TIME_FEATURES = 256
+# From-scratch training starts with blocks that are the identity and a velocity of zero (adaLN-Zero, DiT section 3.2).
+ZEROS = nn.initializers.zeros_init()
+
+# What a block keeps for the backward pass. Memory and recomputation of each: docs/training.md.
+REMAT_POLICIES = {
+    "none": None,  # everything is kept
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # matmul results are kept, attention is redone
+    "full": jax.checkpoint_policies.nothing_saveable,  # only the block's inputs are kept
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Shape of the transformer; field names are those of the public `transformer/config.json`.
+
+    The defaults are SD3-medium grown into UniAlignment (2.124 B parameters). `qk_norm` is None (SD3-medium) or
+    "rms_norm" (SD3.5's RMS norms on queries and keys).
+
+    Raises:
+      ValueError: if the fields contradict each other or name something the network cannot do.
+    """
+
+    sample_size: int = 128
+    patch_size: int = 2
+    in_channels: int = 16
+    num_layers: int = 24
+    attention_head_dim: int = 64
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 4096
+    caption_projection_dim: int = 1536
+    out_channels: int = 16
+    pos_embed_max_size: int = 192
+    vocab_size: int = 32100
+    adapter_hidden: int = 2048
+    semantic_dim: int = 3584
+    mask_token_id: int = 32099
+    qk_norm: str | None = None
+
+    def __post_init__(self):
+        if self.caption_projection_dim != self.width:
+            raise ValueError(
+                f"caption_projection_dim is {self.caption_projection_dim}, but both streams are "
+                f"num_attention_heads x attention_head_dim = {self.width} wide; make them equal"
+            )
+        if self.width % 4:
+            raise ValueError(f"width {self.width} must be a multiple of 4: the position table has four quarters")
+        if self.qk_norm not in (None, "rms_norm"):
+            raise ValueError(f"qk_norm is {self.qk_norm!r}; this network knows None and 'rms_norm'")
+        if not 0 <= self.mask_token_id < self.vocab_size:
+            raise ValueError(f"mask_token_id {self.mask_token_id} lies outside the vocabulary of {self.vocab_size}")
+
+    @property
+    def width(self) -> int:
+        """Width D of both streams."""
+        return self.num_attention_heads * self.attention_head_dim
+
+
+class Outputs(NamedTuple):
+    """What one forward pass returns; a part that was not asked for is None.
+
+    image: velocity, float32 `[B, H, W, out_channels]`.
+    text_logits: float32 `[B, T, V]`.
+    image_hidden: the target's tokens after the final norm, `[B, S, D]` (the raw null tokens `[B, 8, D]` without image).
+    text_hidden: text tokens after the final norm, `[B, T, D]`.
+    image_semantic, text_semantic: adapter outputs, float32 `[B, semantic_dim]`.
+    """
+
+    image: jax.Array | None
+    text_logits: jax.Array | None
+    image_hidden: jax.Array
+    text_hidden: jax.Array
+    image_semantic: jax.Array | None
+    text_semantic: jax.Array | None
+
+
+def _axis_features(config: TransformerConfig) -> np.ndarray:
+    """Sines then cosines of one coordinate of the position table, float64 `[pos_embed_max_size, D / 2]`."""
+    size, base = config.pos_embed_max_size, config.sample_size // config.patch_size
+    quarter = config.width // 4
+    # The coordinate is rounded to float32, as the public tables are; all else is float64.
+    coordinate = (np.arange(size, dtype=np.float32) / (size / base)).astype(np.float64)
+    angles = np.outer(coordinate, 1.0 / 10000 ** (np.arange(quarter, dtype=np.float64) / quarter))
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+
+def position_table(config: TransformerConfig) -> np.ndarray:
+    """The whole fixed 2-D sin-cos table, float32 `[1, max * max, D]`, row-major, as public checkpoints store it.
+
+    The width coordinate fills the first D/2 columns, the height coordinate the rest (diffusers' `PatchEmbed`).
+    """
+    features, size = _axis_features(config).astype(np.float32), config.pos_embed_max_size
+    shape = (size, size, features.shape[1])
+    columns, rows = np.broadcast_to(features[None], shape), np.broadcast_to(features[:, None], shape)
+    return np.concatenate([columns, rows], axis=2).reshape(1, size * size, config.width)
+
+
+def _positions(config: TransformerConfig, height: int, width: int) -> jax.Array:
+    """The table's centre crop for a grid, float32 `[height * width, D]`, put together on the device from two lines."""
+    size = config.pos_embed_max_size
+    features = _axis_features(config).astype(np.float32)
+    top, left = (size - height) // 2, (size - width) // 2
+    shape = (height, width, features.shape[1])
+    columns = jnp.broadcast_to(features[left : left + width][None], shape)
+    rows = jnp.broadcast_to(features[top : top + height][:, None], shape)
+    return jnp.concatenate([columns, rows], axis=2).reshape(height * width, config.width)
+
+
+def check_latent_size(config: TransformerConfig, height: int, width: int) -> None:
+    """Refuses latent sizes that the patches or the position table cannot take.
+
+    Raises:
+      ValueError: naming the size, what was expected and the limit.
+    """
+    patch, limit = config.patch_size, config.pos_embed_max_size
+    if height % patch or width % patch:
+        raise ValueError(f"latent size {height}x{width} must be a multiple of the patch size {patch}")
+    if max(height, width) // patch > limit:
+        raise ValueError(
+            f"latent size {height}x{width} needs {height // patch}x{width // patch} positions; "
+            f"the position table holds {limit}x{limit} (pos_embed_max_size): use a smaller image"
+        )
+
+
+def _patchify(latents: jax.Array, patch: int) -> jax.Array:
+    """`[..., H, W, C] -> [..., H/p * W/p, p * p * C]`, row-major, channel fastest."""
+    *lead, height, width, channels = latents.shape
+    rows, columns = height // patch, width // patch
+    x = latents.reshape(*lead, rows, patch, columns, patch, channels)
+    return jnp.swapaxes(x, -4, -3).reshape(*lead, rows * columns, patch * patch * channels)
+
+
+def _unpatchify(tokens: jax.Array, height: int, width: int, patch: int) -> jax.Array:
+    """Inverse of `_patchify`: `[B, S, p * p * C] -> [B, H, W, C]`."""
+    batch = tokens.shape[0]
+    x = tokens.reshape(batch, height // patch, width // patch, patch, patch, -1)
+    return jnp.swapaxes(x, 2, 3).reshape(batch, height, width, -1)
+
+
+def time_features(timesteps: jax.Array) -> jax.Array:
+    """Sinusoid of times in [0, 1000]: float32 `[B] -> [B, 256]`, cosines first (DDPM, kept in float32)."""
+    half = TIME_FEATURES // 2
+    frequencies = np.exp(-np.log(10000.0) * np.arange(half) / half).astype(np.float32)
+    angles = timesteps.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1)
+
+
+class _TwoLayer(nn.Module):
+    """Linear, SiLU, Linear: the time embedding, and (with a last SiLU) the semantic adapters."""
+
+    hidden: int
+    features: int
+    last_silu: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.silu(Dense(self.hidden, ("embed", "mlp"), dtype=self.dtype, name="up")(x))
+        x = Dense(self.features, ("mlp", "embed"), dtype=self.dtype, name="down")(x)
+        return nn.silu(x) if self.last_silu else x
+
+
+class _Stream(nn.Module):
+    """One modality's half of a joint block: its modulation, projections and MLP."""
+
+    config: TransformerConfig
+    dtype: jnp.dtype
+
+    def setup(self):
+        width = self.config.width
+        dense = functools.partial(Dense, dtype=self.dtype)
+        self.modulation = dense(6 * width, ("embed", "mlp"), kernel_init=ZEROS)
+        self.query, self.key, self.value = (dense(width, ("embed", "heads")) for _ in range(3))
+        self.out = dense(width, ("heads", "embed"))
+        self.mlp_up = dense(4 * width, ("embed", "mlp"))
+        self.mlp_down = dense(width, ("mlp", "embed"))
+        if self.config.qk_norm == "rms_norm":
+            self.query_norm = RMSNorm(dtype=self.dtype)
+            self.key_norm = RMSNorm(dtype=self.dtype)
+
+    def modulate(self, time: jax.Array) -> tuple[jax.Array, ...]:
+        """Six `[B, 1, D]` vectors: shift, scale, gate of the attention, then of the MLP."""
+        return tuple(jnp.split(self.modulation(time)[:, None], 6, axis=-1))
+
+    def project(self, x: jax.Array, shift: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values of the normed, modulated tokens, each `[B, S, heads, head_dim]`."""
+        x = (layer_norm(x) * (1 + scale) + shift).astype(self.dtype)
+        heads = (*x.shape[:-1], self.config.num_attention_heads, self.config.attention_head_dim)
+        query, key, value = (layer(x).reshape(heads) for layer in (self.query, self.key, self.value))
+        if self.config.qk_norm == "rms_norm":
+            query, key = self.query_norm(query), self.key_norm(key)
+        return query, key, value
+
+    def update(self, x: jax.Array, attended: jax.Array, modulation: tuple[jax.Array, ...]) -> jax.Array:
+        """Adds the gated attention output and the gated MLP to the residual stream `[B, S, D]`."""
+        _, _, attention_gate, shift, scale, mlp_gate = modulation
+        x = x + attention_gate * self.out(attended.reshape(x.shape))
+        y = (layer_norm(x) * (1 + scale) + shift).astype(self.dtype)
+        return x + mlp_gate * self.mlp_down(nn.gelu(self.mlp_up(y), approximate=True))
+
+
+class _JointBlock(nn.Module):
+    """Both streams, joined by one softmax over `[image | text]`."""
+
+    config: TransformerConfig
+    dtype: jnp.dtype
+    attention: str
+    target_length: int | None  # image tokens whose mean the block also returns; None: no means
+
+    @nn.compact
+    def __call__(
+        self,
+        carry: tuple[jax.Array, jax.Array],
+        time: jax.Array,
+        segments: jax.Array | None,
+        text_pool_mask: jax.Array | None,
+    ):
+        streams = [_Stream(self.config, self.dtype, name=name) for name in ("image", "text")]
+        modulations = [stream.modulate(time) for stream in streams]
+        projected = [s.project(x, m[0], m[1]) for s, x, m in zip(streams, carry, modulations, strict=True)]
+        query, key, value = (jnp.concatenate(pair, axis=1) for pair in zip(*projected, strict=True))
+        attended = attend(query, key, value, segments, backend=self.attention)
+        parts = jnp.split(attended, [carry[0].shape[1]], axis=1)
+        image, text = (s.update(x, p, m) for s, x, p, m in zip(streams, carry, parts, modulations, strict=True))
+        if self.target_length is None:
+            return (image, text), None
+        return (image, text), (mean_tokens(image[:, : self.target_length]), mean_tokens(text, text_pool_mask))
+
+
+class UniAlign(nn.Module):
+    """The transformer. Parameters are float32; `dtype` is the compute dtype (float32 throughout by option).
+
+    Attributes:
+      config: shape of the network.
+      dtype: compute dtype of matmuls and of the residual streams.
+      remat: a key of `REMAT_POLICIES`.
+      attention: a key of `attention.BACKENDS`.
+    """
+
+    config: TransformerConfig
+    dtype: jnp.dtype = jnp.bfloat16
+    remat: str = "none"
+    attention: str = "xla"
+
+    @nn.compact
+    def __call__(
+        self,
+        latents: jax.Array | None,
+        text_states: jax.Array,
+        timesteps: jax.Array,
+        *,
+        references: jax.Array | None = None,
+        reference_mask: jax.Array | None = None,
+        semantic_depth: int | None = None,
+        text_pool_mask: jax.Array | None = None,
+        want_image: bool = True,
+        want_text: bool = True,
+    ) -> Outputs:
+        """One forward pass.
+
+        Args:
+          latents: `[B, H, W, in_channels]`, or None: the learned null tokens stand in for the image.
+          text_states: text encoder states `[B, T, joint_attention_dim]`.
+          timesteps: `[B]` in [0, 1000]; 0 is clean.
+          references: clean latents `[B, N, H, W, in_channels]` of the target's size, or None.
+          reference_mask: bool `[B, N]`, False where a sample has no such reference; None: all are present.
+          semantic_depth: number of blocks after which the adapters read the streams; None: no adapters.
+          text_pool_mask: bool `[B, T]`, the text tokens that the text adapter averages; None: all (as published).
+          want_image, want_text: whether to compute that head.
+
+        Returns:
+          `Outputs`.
+
+        Raises:
+          ValueError: for sizes or a depth that the network does not have.
+        """
+        config = self.config
+        dense = functools.partial(Dense, dtype=self.dtype)
+        if semantic_depth is not None and not 1 <= semantic_depth <= config.num_layers:
+            raise ValueError(
+                f"semantic_depth {semantic_depth} lies outside the network's 1..{config.num_layers} blocks"
+            )
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat policy {self.remat!r} is unknown; choose one of {sorted(REMAT_POLICIES)}")
+
+        image, target_length = self._embed_images(latents, references, len(text_states))
+        text = dense(config.width, ("text_embed", "embed"), name="text_embed")(text_states)
+        time = _TwoLayer(config.width, config.width, False, self.dtype, name="time_embed")(time_features(timesteps))
+        time = nn.silu(time)
+        segments = None
+        if references is not None and reference_mask is not None:
+            segments = _segments(target_length, reference_mask, text.shape[1])
+
+        block = _JointBlock
+        if self.remat != "none":
+            block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
+        blocks = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast,) * 3,
+            length=config.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        pool = target_length if semantic_depth is not None else None
+        (image, text), pooled = blocks(config, self.dtype, self.attention, pool, name="blocks")(
+            (image, text), time, segments, text_pool_mask
+        )
+
+        image = image[:, :target_length]
+        image_semantic = text_semantic = velocity = logits = None
+        if semantic_depth is not None:
+            image_semantic, text_semantic = (
+                _TwoLayer(config.adapter_hidden, config.semantic_dim, True, self.dtype, name=name)(
+                    means[semantic_depth - 1]
+                ).astype(jnp.float32)
+                for name, means in zip(("image_adapter", "text_adapter"), pooled, strict=True)
+            )
+        if latents is not None:
+            modulation = dense(2 * config.width, ("embed", "mlp"), kernel_init=ZEROS, name="image_modulation")
+            scale, shift = jnp.split(modulation(time)[:, None], 2, axis=-1)
+            image = (layer_norm(image) * (1 + scale) + shift).astype(self.dtype)
+            if want_image:
+                features = config.patch_size**2 * config.out_channels
+                tokens = dense(features, ("embed", None), kernel_init=ZEROS, name="image_head")(image)
+                velocity = _unpatchify(tokens.astype(jnp.float32), *latents.shape[1:3], config.patch_size)
+        text = layer_norm(text).astype(self.dtype)
+        if want_text:
+            logits = dense(config.vocab_size, ("embed", "vocab"), name="text_head")(text).astype(jnp.float32)
+        return Outputs(velocity, logits, image, text, image_semantic, text_semantic)
+
+    def _embed_images(
+        self, latents: jax.Array | None, references: jax.Array | None, batch: int
+    ) -> tuple[jax.Array, int]:
+        """Tokens `[target | ref_1 | ... | ref_N]` and the target's length; references share the target's positions."""
+        config = self.config
+        null_tokens = self.param(
+            "null_image_tokens",
+            nn.with_logical_partitioning(nn.initializers.normal(config.width**-0.5), (None, "embed")),
+            (NUM_NULL_TOKENS, config.width),
+            jnp.float32,
+        )
+        if latents is None:
+            if references is not None:
+                raise ValueError("references need a target image: pass latents, or leave references out")
+            tokens = jnp.broadcast_to(null_tokens.astype(self.dtype), (batch, *null_tokens.shape))
+            return tokens, NUM_NULL_TOKENS
+        check_latent_size(config, *latents.shape[1:3])
+        images = latents[:, None]
+        if references is not None:
+            if references.shape[2:] != latents.shape[1:]:
+                raise ValueError(
+                    f"references are {references.shape[2:]} but the target is {latents.shape[1:]}; "
+                    "all images of a sample must have one size"
+                )
+            images = jnp.concatenate([images, references], axis=1)
+        patches = _patchify(images, config.patch_size)
+        tokens = Dense(config.width, (None, "embed"), dtype=self.dtype, name="patch_embed")(patches)
+        grid = (latents.shape[1] // config.patch_size, latents.shape[2] // config.patch_size)
+        tokens = (tokens + _positions(config, *grid)).astype(self.dtype)
+        return tokens.reshape(batch, -1, config.width), patches.shape[2]
+
+
+def _segments(target_length: int, reference_mask: jax.Array, text_length: int) -> jax.Array:
+    """Segment ids int32 `[B, (1 + N) * S + T]`: 1 for what is there, 0 for the tokens of absent references."""
+    batch = reference_mask.shape[0]
+    target = jnp.ones((batch, target_length), jnp.int32)
+    references = jnp.repeat(reference_mask.astype(jnp.int32), target_length, axis=1)
+    return jnp.concatenate([target, references, jnp.ones((batch, text_length), jnp.int32)], axis=1)
