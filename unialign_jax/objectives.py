@@ -1,0 +1,146 @@
+"""The dual-stream objective: binds the network to the two diffusions and the two alignments.
+
+Source: arXiv 2509.23760, section 3. Two passes go through the same weights: the image pass denoises the target's latent
+under the instruction and the references; the text pass unmasks the caption under the clean target. Alignments tie each
+pass to the frozen teacher, and both passes to each other.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from unialign_jax.batch import Draws, Features
+from unialign_jax.diffusion import flow_matching, masked_text
+from unialign_jax.models.layers import mean_tokens
+from unialign_jax.models.unialign import Outputs
+
+Transformer = Callable[..., Outputs]
+EncodeText = Callable[[jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """Weights and constants of the loss; the defaults are the published ones.
+
+    Attributes:
+      image_weight, text_weight, contrastive_weight, alignment_weight: factors of the five terms (the two alignments
+        with the teacher share one).
+      temperature: of the contrastive loss.
+      semantic_depth: block after which the adapters read the streams.
+      text_dropout: probability that a sample's text condition becomes that of " ".
+      pool_padding: whether the pooled text features (of the adapter and of the contrastive loss) average padding in, as
+        published, or only what comes before it.
+      mask_token_id, end_token_id: ids of the mask and of the end token that pads the text.
+    """
+
+    image_weight: float = 1.0
+    text_weight: float = 0.2
+    contrastive_weight: float = 0.05
+    alignment_weight: float = 0.1
+    temperature: float = 0.07
+    semantic_depth: int = 8
+    text_dropout: float = 0.1
+    pool_padding: bool = True
+    mask_token_id: int = 32099
+    end_token_id: int = 1
+
+    def __call__(
+        self, transformer: Transformer, encode_text: EncodeText, features: Features, draws: Draws
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss of one batch, deterministic in its arguments.
+
+        All terms are means over samples, so the mean over equal micro-batches is exactly the full batch's value,
+        except for the contrastive term: its negatives are the samples of the batch it is given, so under gradient
+        accumulation each micro-batch contrasts only its own samples.
+
+        Args:
+          transformer: `UniAlign.apply` with its parameters bound.
+          encode_text: ids int32 `[B, T]` -> states `[B, T, E]`.
+          features: the encoded batch.
+          draws: the step's randomness.
+
+        Returns:
+          The weighted sum and the terms by name (`image`, `text`, `contrastive`, and with a teacher `image_align`,
+          `text_align`), float32 scalars, unweighted.
+        """
+        size = features.caption_ids.shape[0]
+        masked_ids = masked_text.mask_tokens(
+            features.caption_ids, draws.text_time, draws.text_mask, features.caption_loss_mask, self.mask_token_id
+        )
+        # One call of the text encoder for all three texts: instruction, masked caption, dropped condition.
+        states = encode_text(jnp.concatenate([features.instruction_ids, masked_ids, features.null_ids[None]]))
+        instruction, caption, null = jnp.split(states, [size, 2 * size])
+        instruction = jnp.where((draws.text_drop < self.text_dropout)[:, None, None], null, instruction)
+        depth = self.semantic_depth if features.teacher_image is not None else None
+        pool_mask = None if self.pool_padding else _before_padding(features.caption_ids, self.end_token_id)
+
+        sigma = flow_matching.noise_levels(draws.image_time)
+        noisy = flow_matching.add_noise(features.target, draws.noise, sigma)
+        image_pass = transformer(
+            noisy,
+            instruction,
+            sigma * flow_matching.NUM_TRAIN_TIMES,
+            references=features.references,
+            reference_mask=features.reference_mask,
+            semantic_depth=depth,
+            want_text=False,
+        )
+        text_pass = transformer(features.target, caption, jnp.zeros((size,)), semantic_depth=depth, want_image=False)
+
+        terms = {
+            "image": flow_matching.loss(image_pass.image, noisy, features.target, sigma),
+            "text": masked_text.loss(
+                text_pass.text_logits,
+                masked_ids,
+                features.caption_ids,
+                draws.text_time,
+                features.caption_loss_mask,
+                self.mask_token_id,
+            ),
+            "contrastive": contrastive_loss(
+                mean_tokens(image_pass.image_hidden),
+                mean_tokens(text_pass.text_hidden, pool_mask),
+                self.temperature,
+            ),
+        }
+        total = (
+            self.image_weight * terms["image"]
+            + self.text_weight * terms["text"]
+            + self.contrastive_weight * terms["contrastive"]
+        )
+        if depth is not None:
+            terms["image_align"] = alignment_loss(image_pass.image_semantic, features.teacher_image)
+            terms["text_align"] = alignment_loss(text_pass.text_semantic, features.teacher_text)
+            total = total + self.alignment_weight * (terms["image_align"] + terms["text_align"])
+        return total, terms
+
+
+def _before_padding(ids: jax.Array, end_id: int) -> jax.Array:
+    """bool `[B, T]`: positions up to and with the first end token; what follows is padding."""
+    is_end = ids == end_id
+    return jnp.cumsum(is_end, axis=1) - is_end == 0
+
+
+def _normalize(x: jax.Array) -> jax.Array:
+    # torch.nn.functional.normalize: the norm is bounded from below, so a zero vector stays zero and has a gradient.
+    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+
+
+def alignment_loss(predicted: jax.Array, teacher: jax.Array) -> jax.Array:
+    """1 - mean cosine of adapter outputs and teacher vectors, both float32 `[B, S]`; a scalar in [0, 2]."""
+    return 1 - jnp.mean(jnp.sum(_normalize(predicted) * _normalize(teacher), axis=-1))
+
+
+def contrastive_loss(image: jax.Array, text: jax.Array, temperature: float) -> jax.Array:
+    """Symmetric InfoNCE between pooled features `[B, D]` of the two passes: row i of one belongs to row i of the other.
+
+    The negatives are all other samples of the (global) batch. Returns a float32 scalar.
+    """
+    logits = jnp.dot(_normalize(image), _normalize(text).T, precision=jax.lax.Precision.HIGHEST) / temperature
+    matched = jnp.diagonal(logits)
+    to_text = jax.nn.logsumexp(logits, axis=1) - matched
+    to_image = jax.nn.logsumexp(logits, axis=0) - matched
+    return jnp.mean(to_text + to_image) / 2
