@@ -1,0 +1,110 @@
+"""What training carries from step to step, and how it changes: parameters, optimizer, moving average."""
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+Params = Any
+
+# The published training never feeds this parameter, and its optimizer skips (does not decay) what has no gradient.
+UNTRAINED = ("null_image_tokens",)
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything a checkpoint holds of the model; all leaves are arrays.
+
+    step: int32 scalar, number of finished updates.
+    params: trained networks by name, float32.
+    opt_state: optax state of the same layout.
+    ema: exponential moving average of `params`, float32, or None if none is kept.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    ema: Params | None
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW as published: constant after a linear warm-up, gradients clipped by their global norm.
+
+    Attributes:
+      learning_rate: reached after `warmup_steps`.
+      warmup_steps: linear from 0.
+      decay_steps: total steps of a cosine decay to 0; 0 keeps the rate constant (published).
+      weight_decay: decoupled, multiplied by the learning rate.
+      decay_matrices_only: leaves norms, biases and tokens out of weight decay; the published code decays all.
+      b1, b2, eps: Adam's constants.
+      clip_norm: largest global gradient norm.
+      ema_rate: of the moving average; 0 keeps none.
+    """
+
+    learning_rate: float = 3e-5
+    warmup_steps: int = 2000
+    decay_steps: int = 0
+    weight_decay: float = 1e-2
+    decay_matrices_only: bool = False
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float = 2.0
+    ema_rate: float = 0.9995
+
+
+def learning_rate(config: OptimizerConfig) -> optax.Schedule:
+    """Step -> learning rate: linear warm-up, then constant, or a cosine to 0 at `decay_steps`."""
+    if config.decay_steps:
+        return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup_steps, config.decay_steps)
+    if not config.warmup_steps:
+        return optax.constant_schedule(config.learning_rate)
+    return optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+
+
+def _decayed(params: Params, matrices_only: bool) -> Params:
+    """Which leaves weight decay acts on, as a tree of bools."""
+
+    def decide(path, _):
+        name = str(path[-1].key)
+        if name in UNTRAINED:
+            return False
+        return not matrices_only or name in ("kernel", "embedding")
+
+    return jax.tree_util.tree_map_with_path(decide, params)
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Clip, then AdamW."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate(config),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=lambda params: _decayed(params, config.decay_matrices_only),
+        ),
+    )
+
+
+def create_state(params: Params, config: OptimizerConfig) -> TrainState:
+    """A fresh state around `params` (float32): step 0, empty moments, the average started from the parameters."""
+    # A copy: a donated state must not hold one buffer twice.
+    ema = jax.tree.map(jnp.copy, params) if config.ema_rate else None
+    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config).init(params), ema)
+
+
+def apply_gradients(state: TrainState, grads: Params, config: OptimizerConfig) -> TrainState:
+    """One update. `grads` has the layout of `state.params`."""
+    updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None:
+        ema = optax.incremental_update(params, ema, 1 - config.ema_rate)
+    return TrainState(state.step + 1, params, opt_state, ema)

@@ -1,0 +1,78 @@
+"""The one training step, for every stage and task: draws, encoders, objective, gradients, update."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from unialign_jax.batch import Batch, sample_draws
+from unialign_jax.networks import Networks, Params
+from unialign_jax.objectives import Objective
+from unialign_jax.state import OptimizerConfig, TrainState, apply_gradients, learning_rate
+
+Metrics = dict[str, jax.Array]
+
+
+def make_train_step(
+    networks: Networks, objective: Objective, optimizer: OptimizerConfig, *, micro_batches: int = 1
+) -> Callable[[TrainState, Params, Batch, jax.Array], tuple[TrainState, Metrics]]:
+    """Builds `(state, frozen, batch, key) -> (state, metrics)`, a pure function to be jitted with `state` donated.
+
+    `frozen` holds the parameters of the networks that `state.params` does not. `key` is the run's key; the step's own
+    is folded in from `state.step`, so step k draws the same numbers in any run, on any number of devices.
+
+    With `micro_batches` n > 1 the batch is worked off in n equal parts and their gradients averaged: exactly the full
+    batch's gradient for every term but the contrastive one, whose negatives are then a part's own samples.
+
+    Metrics: the objective's terms, `loss` (their weighted sum), `grad_norm` before clipping, `learning_rate`; float32
+    scalars.
+    """
+
+    def loss(params: Params, frozen: Params, batch: Batch, draws):
+        everything = {**frozen, **params}
+        features = networks.encode(everything, batch, draws.posterior)
+        return objective(
+            functools.partial(networks.denoise, everything),
+            functools.partial(networks.encode_text, everything),
+            features,
+            draws,
+        )
+
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def train_step(state: TrainState, frozen: Params, batch: Batch, key: jax.Array):
+        height, width = batch.target.shape[1:3]
+        draws = sample_draws(jax.random.fold_in(key, state.step), batch, networks.latent_shape(height, width))
+        if micro_batches == 1:
+            (total, terms), grads = gradient(state.params, frozen, batch, draws)
+        else:
+            parts = _split(batch, draws, micro_batches)
+
+            def add(sums, part):
+                return jax.tree.map(jnp.add, sums, gradient(state.params, frozen, *part)), None
+
+            shapes = jax.eval_shape(lambda: gradient(state.params, frozen, *jax.tree.map(lambda x: x[0], parts)))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            sums, _ = jax.lax.scan(add, zeros, parts)
+            (total, terms), grads = jax.tree.map(lambda x: x / micro_batches, sums)
+        metrics = {
+            **terms,
+            "loss": total,
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": jnp.asarray(learning_rate(optimizer)(state.step), jnp.float32),
+        }
+        return apply_gradients(state, grads, optimizer), metrics
+
+    return train_step
+
+
+def _split(batch: Batch, draws, parts: int):
+    """`(batch, draws)` with a leading axis of `parts`; the null text, which has no batch axis, is repeated."""
+    size = batch.caption_ids.shape[0]
+    if size % parts:
+        raise ValueError(f"a batch of {size} cannot be split in {parts} equal micro-batches; change one of them")
+    repeated = batch.replace(null_ids=jnp.broadcast_to(batch.null_ids, (size, *batch.null_ids.shape)))
+    split = jax.tree.map(lambda x: x.reshape(parts, size // parts, *x.shape[1:]), (repeated, draws))
+    return split[0].replace(null_ids=split[0].null_ids[:, 0]), split[1]
