@@ -1,0 +1,195 @@
+"""The train step on a small complete model: precision, accumulation, what is trained, and AdamW as published."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unialign_jax.batch import Batch
+from unialign_jax.networks import build_networks
+from unialign_jax.objectives import Objective
+from unialign_jax.state import OptimizerConfig, apply_gradients, create_state
+from unialign_jax.training.step import make_train_step
+
+MODEL = {
+    "pixel_codec": {"patch": 2},
+    "transformer": {
+        "sample_size": 8,
+        "in_channels": 12,
+        "out_channels": 12,
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "caption_projection_dim": 32,
+        "joint_attention_dim": 24,
+        "pos_embed_max_size": 8,
+        "vocab_size": 50,
+        "adapter_hidden": 24,
+        "semantic_dim": 20,
+        "mask_token_id": 49,
+    },
+    "text_encoder": {"vocab_size": 50, "d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2},
+    "teacher": {
+        "depth": 2,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "patch_size": 4,
+        "window_size": 16,
+        "out_hidden_size": 20,
+        "fullatt_block_indexes": (1,),
+        "min_pixels": 64,
+        "vocab_size": 50,
+    },
+}
+OBJECTIVE = Objective(semantic_depth=1, mask_token_id=49)
+OPTIMIZER = OptimizerConfig(learning_rate=2e-3, warmup_steps=5, ema_rate=0.9)
+
+
+def batch(size=8, references=0, seed=0):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(2, 49, (size, 6)).astype(np.int32)
+    ids[:, 4:] = 1
+    return Batch(
+        target=rng.integers(0, 256, (size, 16, 16, 3)).astype(np.uint8),
+        caption_ids=ids,
+        caption_loss_mask=np.ones_like(ids, bool),
+        instruction_ids=ids[::-1].copy(),
+        null_ids=np.ones(6, np.int32),
+        references=rng.integers(0, 256, (size, references, 16, 16, 3)).astype(np.uint8) if references else None,
+        reference_mask=rng.random((size, references)) < 0.7 if references else None,
+        teacher_ids=ids,
+        teacher_mask=ids != 1,
+    )
+
+
+@functools.cache
+def setup(dtype="float32", trained=("transformer",)):
+    networks = build_networks(MODEL, dtype=dtype)
+    params = jax.jit(networks.init)(jax.random.key(0))
+    return networks, {k: params[k] for k in trained}, {k: v for k, v in params.items() if k not in trained}
+
+
+@functools.cache
+def step_of(dtype="float32", trained=("transformer",), objective=OBJECTIVE, optimizer=OPTIMIZER, micro_batches=1):
+    networks, _, _ = setup(dtype, trained)
+    return jax.jit(make_train_step(networks, objective, optimizer, micro_batches=micro_batches))
+
+
+def run(steps, dtype="float32", data=None, **kwargs):
+    _, params, frozen = setup(dtype)
+    state, losses = create_state(params, OPTIMIZER), []
+    for i in range(steps):
+        state, metrics = step_of(dtype, **kwargs)(state, frozen, data or batch(seed=i % 4), jax.random.key(7))
+        losses.append(float(metrics["loss"]))
+    return state, np.array(losses), metrics
+
+
+def test_bfloat16_loss_stays_within_two_percent_of_float32():
+    """50 steps on the same draws, each precision following its own parameters."""
+    _, exact, _ = run(50)
+    _, coarse, _ = run(50, dtype="bfloat16")
+    assert exact[-5:].mean() < 0.9 * exact[:5].mean()  # it does learn: the comparison is not of two constants
+    np.testing.assert_allclose(coarse, exact, rtol=0.02)
+
+
+def test_terms_are_reported_and_sum_to_the_loss():
+    _, _, metrics = run(1, data=batch(references=2))
+    o = OBJECTIVE
+    total = metrics["image"] * o.image_weight + metrics["text"] * o.text_weight
+    total += metrics["contrastive"] * o.contrastive_weight
+    total += (metrics["image_align"] + metrics["text_align"]) * o.alignment_weight
+    np.testing.assert_allclose(metrics["loss"], total, rtol=1e-6)
+    assert metrics["grad_norm"] > 0 and metrics["learning_rate"] == 0  # the first of the warm-up
+
+
+def test_micro_batches_update_like_the_full_batch():
+    objective = dataclasses.replace(OBJECTIVE, contrastive_weight=0.0)
+    data = batch(references=1)
+    whole, _, a = run(3, data=data, objective=objective)
+    parts, _, b = run(3, data=data, objective=objective, micro_batches=4)
+    for name in set(a) - {"contrastive"}:
+        np.testing.assert_allclose(b[name], a[name], rtol=1e-4, err_msg=name)
+    # Adam divides by the gradient's size, so a rounding difference of a tiny gradient shows; half a rate bounds it.
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4), parts.params, whole.params)
+
+
+def test_unequal_micro_batches_are_refused():
+    with pytest.raises(ValueError, match="batch of 8 cannot be split in 3"):
+        run(1, micro_batches=3)
+
+
+def test_steps_draw_by_number_not_by_history():
+    """A state set back to an earlier step repeats that step's draws exactly; other steps and keys draw differently."""
+    _, params, frozen = setup()
+    state = create_state(params, OPTIMIZER)
+    step, data = step_of(), batch()
+    first, again = (step(state, frozen, data, jax.random.key(7))[1]["loss"] for _ in range(2))
+    later = step(state.replace(step=jnp.int32(1)), frozen, data, jax.random.key(7))[1]["loss"]
+    other = step(state, frozen, data, jax.random.key(8))[1]["loss"]
+    assert first == again and first != later and first != other
+
+
+@pytest.mark.parametrize("trained", [("transformer",), ("transformer", "text_encoder")])
+def test_only_the_trained_networks_change(trained):
+    _, params, frozen = setup(trained=trained)
+    state = create_state(params, OptimizerConfig(learning_rate=1e-2, warmup_steps=0))
+    step = step_of(trained=trained, optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=0))
+    # The first step moves only what is not behind a layer that starts at zero; the second moves all.
+    for i in range(2):
+        state, _ = step(state, frozen, batch(references=1), jax.random.key(i))
+    assert set(state.params) == set(trained)
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), state.params, params)
+    still = {jax.tree_util.keystr(p) for p, x in jax.tree.leaves_with_path(moved) if not x}
+    assert still == {"['transformer']['null_image_tokens']"}  # unused in training: neither trained nor decayed
+
+
+def test_update_is_torchs_adamw_with_clipping():
+    import torch
+
+    rng = np.random.default_rng(0)
+    start = {"kernel": rng.normal(size=(4, 3)).astype(np.float32), "bias": rng.normal(size=3).astype(np.float32)}
+    config = OptimizerConfig(learning_rate=3e-2, warmup_steps=3, weight_decay=0.1, clip_norm=2.0, ema_rate=0.75)
+    state = create_state(jax.tree.map(jnp.asarray, start), config)
+    theirs = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in start.items()}
+    optimizer = torch.optim.AdamW(theirs.values(), lr=3e-2, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1.0, k / 3))
+    average = {k: v.copy() for k, v in start.items()}
+    for i in range(6):
+        grads = {k: (10.0**-i) * rng.normal(size=v.shape).astype(np.float32) * 5 for k, v in start.items()}
+        state = apply_gradients(state, jax.tree.map(jnp.asarray, grads), config)
+        for k, p in theirs.items():
+            p.grad = torch.tensor(grads[k])
+        torch.nn.utils.clip_grad_norm_(theirs.values(), 2.0)
+        optimizer.step()
+        schedule.step()
+        average = {k: 0.75 * average[k] + 0.25 * theirs[k].detach().numpy() for k in average}
+    for k in start:
+        np.testing.assert_allclose(state.params[k], theirs[k].detach().numpy(), rtol=2e-5, atol=1e-6)
+        np.testing.assert_allclose(state.ema[k], average[k], rtol=2e-5, atol=1e-6)
+    assert state.step == 6
+
+
+def test_decay_of_matrices_only_spares_norms_and_biases():
+    params = {name: jnp.ones(2) for name in ("kernel", "bias", "scale", "null_image_tokens")}
+    zero = jax.tree.map(jnp.zeros_like, params)
+    config = OptimizerConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.5)
+    everything = apply_gradients(create_state(params, config), zero, config).params
+    config = dataclasses.replace(config, decay_matrices_only=True)
+    matrices = apply_gradients(create_state(params, config), zero, config).params
+    shrunk = {name: bool(leaf[0] < 1) for name, leaf in everything.items()}
+    assert shrunk == {"kernel": True, "bias": True, "scale": True, "null_image_tokens": False}
+    assert {name: bool(leaf[0] < 1) for name, leaf in matrices.items()} == dict.fromkeys(shrunk, False) | {
+        "kernel": True
+    }
+    np.testing.assert_allclose(matrices["kernel"], 0.95)
+
+
+def test_no_average_is_kept_when_its_rate_is_zero():
+    config = OptimizerConfig(ema_rate=0.0)
+    params = {"kernel": jnp.ones((2, 2))}
+    state = apply_gradients(create_state(params, config), params, config)
+    assert state.ema is None

@@ -1,0 +1,175 @@
+"""The networks of one model as a bundle: the transformer, and what feeds it (codec, text encoder, teacher).
+
+Which of them are trained is not decided here: every method takes the parameters of all networks by name.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from unialign_jax.batch import Batch, Features, to_unit_range
+from unialign_jax.models.autoencoder import AutoencoderCodec, AutoencoderConfig
+from unialign_jax.models.pixel_codec import Codec, PixelCodec, PixelCodecConfig
+from unialign_jax.models.t5 import T5Config, T5Encoder
+from unialign_jax.models.teachers import QwenTeacher, QwenTeacherConfig, Teacher
+from unialign_jax.models.unialign import Outputs, TransformerConfig, UniAlign
+
+Params = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """The four networks. Parameters are a dict with the keys `transformer`, `text_encoder`, `autoencoder`, `teacher`.
+
+    Attributes:
+      transformer: the network that both diffusions share.
+      codec: images <-> latents: SD3's autoencoder, or pixels rearranged.
+      text_encoder: ids -> states.
+      teacher: image or caption -> a vector, or None (no alignment with a teacher).
+
+    Raises:
+      ValueError: if the widths of two networks that meet do not fit.
+    """
+
+    transformer: UniAlign
+    codec: Codec
+    text_encoder: T5Encoder
+    teacher: Teacher | None = None
+
+    def __post_init__(self):
+        config = self.transformer.config
+        meets = [
+            ("transformer.in_channels", config.in_channels, "the codec's latent channels", self.codec.latent_channels),
+            ("transformer.out_channels", config.out_channels, "transformer.in_channels", config.in_channels),
+            (
+                "transformer.joint_attention_dim",
+                config.joint_attention_dim,
+                "text_encoder.d_model",
+                self.text_encoder.config.d_model,
+            ),
+        ]
+        if self.teacher is not None:
+            meets.append(("transformer.semantic_dim", config.semantic_dim, "the teacher's width", self.teacher.dim))
+        for name, value, other, expected in meets:
+            if value != expected:
+                raise ValueError(f"{name} is {value} but {other} is {expected}; make them equal")
+        if self.text_encoder.config.vocab_size < config.vocab_size:
+            raise ValueError(
+                f"text_encoder.vocab_size {self.text_encoder.config.vocab_size} is below transformer.vocab_size "
+                f"{config.vocab_size}: the text head would predict ids that have no embedding"
+            )
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Random float32 parameters of all networks, plain trees without metadata boxes."""
+        keys = jax.random.split(key, 4)
+        config = self.transformer.config
+        side = config.patch_size
+        params = {
+            "transformer": self.transformer.init(
+                keys[0],
+                jnp.zeros((1, side, side, config.in_channels)),
+                jnp.zeros((1, 1, config.joint_attention_dim)),
+                jnp.zeros((1,)),
+                semantic_depth=1,
+            )["params"],
+            "text_encoder": self.text_encoder.init(keys[1], jnp.zeros((1, 1), jnp.int32))["params"],
+            "autoencoder": self.codec.init(keys[2]),
+        }
+        if self.teacher is not None:
+            params["teacher"] = self.teacher.init(keys[3])
+        return nn.unbox(params)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """`(h, w, C)` of the latent of an image of `height x width` pixels."""
+        factor = self.codec.downsample
+        return height // factor, width // factor, self.codec.latent_channels
+
+    def denoise(self, params: Params, *args, **kwargs) -> Outputs:
+        """`UniAlign.__call__` with the transformer's parameters bound."""
+        return self.transformer.apply({"params": params["transformer"]}, *args, **kwargs)
+
+    def encode_text(self, params: Params, ids: jax.Array) -> jax.Array:
+        """int32 `[B, T]` -> states `[B, T, E]`."""
+        return self.text_encoder.apply({"params": params["text_encoder"]}, ids)
+
+    def encode_images(self, params: Params, images: jax.Array, noise: jax.Array | None = None) -> jax.Array:
+        """float32 `[B, H, W, 3]` in [-1, 1] -> scaled latents `[B, h, w, C]`; `noise` draws from the posterior."""
+        return self.codec.encode(params["autoencoder"], images, noise)
+
+    def decode_images(self, params: Params, latents: jax.Array) -> jax.Array:
+        """Scaled latents `[B, h, w, C]` -> float32 `[B, H, W, 3]`, about [-1, 1], not clipped."""
+        return self.codec.decode(params["autoencoder"], latents)
+
+    def encode(self, params: Params, batch: Batch, posterior: jax.Array | None) -> Features:
+        """What the frozen networks make of a batch: clean latents of all images in one call, teacher vectors.
+
+        Args:
+          params: all networks' parameters.
+          batch: pixels and ids.
+          posterior: `Draws.posterior`, or None for the posterior's mean.
+        """
+        target = to_unit_range(batch.target)
+        images = target[:, None]
+        if batch.references is not None:
+            images = jnp.concatenate([images, to_unit_range(batch.references)], axis=1)
+        noise = None if posterior is None else posterior.reshape(-1, *posterior.shape[2:])
+        latents = self.encode_images(params, images.reshape(-1, *images.shape[2:]), noise)
+        latents = latents.reshape(*images.shape[:2], *latents.shape[1:])
+        teacher_image = teacher_text = None
+        if self.teacher is not None:
+            teacher_image = self.teacher.image_vectors(params["teacher"], target)
+            teacher_text = self.teacher.text_vectors(params["teacher"], batch.teacher_ids, batch.teacher_mask)
+        return Features(
+            target=latents[:, 0],
+            caption_ids=batch.caption_ids,
+            caption_loss_mask=batch.caption_loss_mask,
+            instruction_ids=batch.instruction_ids,
+            null_ids=batch.null_ids,
+            references=latents[:, 1:] if batch.references is not None else None,
+            reference_mask=batch.reference_mask,
+            teacher_image=teacher_image,
+            teacher_text=teacher_text,
+        )
+
+
+def _make(kind: type, name: str, fields: Mapping[str, Any]):
+    """A config dataclass from a mapping; an unknown field is an error that names it."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise ValueError(f"model.{name} has unknown fields {unknown}; known are {sorted(known)}")
+    return kind(**fields)
+
+
+def build_networks(model: Mapping[str, Any], *, dtype: str = "bfloat16", remat: str = "none") -> Networks:
+    """The networks that a config's `model` describes.
+
+    Args:
+      model: mappings `transformer`, `text_encoder`, one of `autoencoder` and `pixel_codec`, and `teacher` or None, with
+        the fields of their config dataclasses.
+      dtype: compute dtype, "bfloat16" or "float32" (throughout).
+      remat: a key of `models.unialign.REMAT_POLICIES`.
+
+    Raises:
+      ValueError: for an unknown field or value, naming it.
+    """
+    if dtype not in ("bfloat16", "float32"):
+        raise ValueError(f"dtype is {dtype!r}; choose 'bfloat16' or 'float32'")
+    compute = jnp.dtype(dtype)
+    if model.get("pixel_codec"):
+        codec = PixelCodec(_make(PixelCodecConfig, "pixel_codec", model["pixel_codec"]))
+    else:
+        codec = AutoencoderCodec(_make(AutoencoderConfig, "autoencoder", model["autoencoder"]), compute)
+    teacher = None
+    if model.get("teacher"):
+        teacher = QwenTeacher(_make(QwenTeacherConfig, "teacher", model["teacher"]), compute)
+    return Networks(
+        transformer=UniAlign(_make(TransformerConfig, "transformer", model["transformer"]), dtype=compute, remat=remat),
+        codec=codec,
+        text_encoder=T5Encoder(_make(T5Config, "text_encoder", model["text_encoder"]), dtype=compute),
+        teacher=teacher,
+    )
