@@ -1,0 +1,193 @@
+"""Reading rows: every published form, every reason to refuse one, and the account that is kept of them."""
+
+import json
+import pickle
+
+import pytest
+from etils import epath
+
+from unialign_jax.data import sources
+from unialign_jax.data.samples import Cause, Refused, Sample
+from unialign_jax.data.sources import CorpusError, JsonlSource, Report, parse_row
+
+TURNS = [{"from": "human", "value": "a cat"}, {"from": "gpt", "value": "<image>"}]
+GENERATE = {"dataset": "d", "image": ["a.png"], "conversations": TURNS, "img_w": [1], "img_h": [1]}
+EDIT = {"image": ["a.png", "b.png"], "conversations": TURNS, "instruction": "make it red"}
+COMPOSE = {
+    "original_images": ["a.png", "b.png"],
+    "generated_images": ["c.png"],
+    "edit_prompt": ' \\"put both on a table\\" ',
+    "caption": "both on a table",
+}
+ANSWER = {"image": ["a.png"], "question": "how many?", "answer": "two"}
+
+
+def parse(row, task=None):
+    line = row if isinstance(row, bytes) else json.dumps(row).encode()
+    return parse_row(line, task, epath.Path("/data"))
+
+
+def refusal(row, task=None):
+    with pytest.raises(Refused) as caught:
+        parse(row, task)
+    return caught.value
+
+
+def test_published_forms():
+    cat = {"caption": "a cat", "instruction": "a cat"}
+    assert parse(GENERATE) == Sample("generate", "/data/a.png", **cat)
+    assert parse(GENERATE, "caption") == Sample("caption", "/data/a.png", **cat)
+    edit = {"references": ("/data/a.png",), "caption": "a cat", "instruction": "make it red"}
+    assert parse(EDIT) == Sample("edit", "/data/b.png", **edit)
+    assert parse(EDIT, "perceive") == Sample("perceive", "/data/b.png", **edit)
+    assert parse(COMPOSE) == Sample(
+        "compose",
+        "/data/c.png",
+        ("/data/a.png", "/data/b.png"),
+        caption="both on a table",
+        instruction="put both on a table",
+    )
+    assert parse(ANSWER) == Sample("answer", "/data/a.png", question="how many?", answer="two")
+
+
+def test_paths_are_relative_to_the_file_unless_absolute():
+    for path, expected in {"x/a.png": "/data/x/a.png", "/b/a.png": "/b/a.png", "gs://b/a.png": "gs://b/a.png"}.items():
+        assert parse(GENERATE | {"image": [path]}).target == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "task", "cause", "words"),
+    [
+        (b'{"image": ["a.png"', None, Cause.MALFORMED_JSON, "delimiter"),
+        (b"\xff\xfe{}", None, Cause.MALFORMED_JSON, "utf-8"),
+        (b"[" * 100_000, None, Cause.MALFORMED_JSON, ""),
+        (b"[1, 2]", None, Cause.MALFORMED_JSON, "expected an object, found list"),
+        (b"null", None, Cause.MALFORMED_JSON, "NoneType"),
+        ({}, None, Cause.MISSING_KEY, "'image'"),
+        ({"image": ["a.png"]}, None, Cause.MISSING_KEY, "'conversations'"),
+        (GENERATE, "edit", Cause.IMAGE_COUNT, "'image': expected 2, found 1"),
+        (EDIT | {"conversations": [{"from": "human"}]}, None, Cause.MISSING_KEY, "'conversations'[0]: 'value'"),
+        ({k: v for k, v in EDIT.items() if k != "instruction"}, "edit", Cause.MISSING_KEY, "'instruction'"),
+        ({k: v for k, v in COMPOSE.items() if k != "edit_prompt"}, None, Cause.MISSING_KEY, "'edit_prompt'"),
+        (GENERATE | {"image": "a.png"}, None, Cause.WRONG_TYPE, "'image'"),
+        (GENERATE | {"image": [3]}, None, Cause.WRONG_TYPE, "'image'"),
+        (GENERATE | {"conversations": []}, None, Cause.WRONG_TYPE, "'conversations'"),
+        (GENERATE | {"conversations": ["a cat"]}, None, Cause.WRONG_TYPE, "'conversations'"),
+        (GENERATE | {"conversations": [{"value": None}]}, None, Cause.WRONG_TYPE, "NoneType"),
+        (EDIT | {"instruction": 5}, None, Cause.WRONG_TYPE, "'instruction'"),
+        (GENERATE | {"conversations": [{"value": " \n"}]}, None, Cause.EMPTY_TEXT, "caption"),
+        (EDIT | {"instruction": ""}, None, Cause.EMPTY_TEXT, "instruction"),
+        (COMPOSE | {"edit_prompt": ' \\" '}, None, Cause.EMPTY_TEXT, "instruction"),
+        (COMPOSE | {"caption": ""}, None, Cause.EMPTY_TEXT, "caption"),
+        (ANSWER | {"answer": ""}, None, Cause.EMPTY_TEXT, "answer"),
+        (GENERATE | {"conversations": [{"value": "\ud83d"}]}, None, Cause.MALFORMED_TEXT, "caption"),
+        (GENERATE | {"image": []}, None, Cause.IMAGE_COUNT, "expected 1, found 0"),
+        (GENERATE | {"image": ["a.png", "b.png"]}, None, Cause.IMAGE_COUNT, "expected 1, found 2"),
+        (EDIT | {"image": ["a.png"]}, None, Cause.IMAGE_COUNT, "expected 2, found 1"),
+        (EDIT | {"image": ["a.png"] * 3}, None, Cause.IMAGE_COUNT, "expected 2, found 3"),
+        (COMPOSE | {"original_images": []}, None, Cause.IMAGE_COUNT, "1 or more"),
+        (COMPOSE | {"generated_images": ["c.png", "d.png"]}, None, Cause.IMAGE_COUNT, "'generated_images'"),
+        (GENERATE | {"image": [""]}, None, Cause.MISSING_IMAGE, "empty"),
+    ],
+)
+def test_unusable_rows_are_refused_by_cause(row, task, cause, words):
+    refused = refusal(row, task)
+    assert refused.cause is cause
+    assert words in refused.detail
+
+
+def test_a_sample_of_no_task_is_a_programming_error():
+    with pytest.raises(ValueError, match="no task 'draw'; the tasks are generate"):
+        Sample("draw", "a.png", caption="x", instruction="x")
+    with pytest.raises(ValueError, match=r"rows.jsonl: no task 'draw'"):
+        JsonlSource("rows.jsonl", "draw")
+    with pytest.raises(Refused, match="takes no reference"):
+        Sample("generate", "a.png", ("b.png",), caption="x", instruction="x")
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1 << 20])
+def test_random_access_to_lines_however_they_are_broken(tmp_path, monkeypatch, chunk):
+    """Blank lines, both kinds of line break, a byte order mark, no break at the end; lines split over chunks."""
+    monkeypatch.setattr(sources, "_CHUNK", chunk)
+    rows = [json.dumps(GENERATE | {"image": [f"{i}é.png"]}, ensure_ascii=False).encode() for i in range(4)]
+    content = b"\xef\xbb\xbf" + rows[0] + b"\r\n\n" + rows[1] + b"\n\r\n\nx\n" + rows[2] + b"\n" + rows[3]
+    path = tmp_path / "rows.jsonl"
+    for ending in (b"", b"\n", b"\r\n"):
+        path.write_bytes(content + ending)
+        source = JsonlSource(path)
+        assert len(source) == 5
+        assert [source.line(i) for i in range(5)] == [1, 3, 6, 7, 8]
+        for index, i in {0: 0, 4: 3, 1: 1, 3: 2}.items():
+            assert source[index].target == str(tmp_path / f"{i}é.png")
+        with pytest.raises(Refused, match="malformed JSON"):
+            source[2]
+        assert source.fingerprint() == {"rows": 5, "bytes": len(content)}
+    assert pickle.loads(pickle.dumps(source))[4] == source[4]
+
+
+def test_sources_that_are_no_files(tmp_path):
+    with pytest.raises(CorpusError, match=r"absent.jsonl: expected a JSONL file, found no such file"):
+        JsonlSource(tmp_path / "absent.jsonl")
+    with pytest.raises(CorpusError, match="found no such file"):
+        JsonlSource(tmp_path)
+    for content in (b"", b"\n\r\n\n"):
+        (tmp_path / "empty.jsonl").write_bytes(content)
+        with pytest.raises(CorpusError, match=r"empty.jsonl: .* found no rows"):
+            JsonlSource(tmp_path / "empty.jsonl")
+
+
+BAD = (7, "missing image", "'x.png': no such file")
+
+
+def fill(report, reads, bad, pass_index=0):
+    """`reads` rows of which the last `bad` are refused."""
+    for i in range(reads):
+        report.add(pass_index, (i, *BAD[1:]) if i >= reads - bad else None)
+
+
+def test_the_limit_is_exact_over_a_pass():
+    report = Report("rows.jsonl", 100, 0.01)
+    for pass_index in range(50):
+        fill(report, 100, 1, pass_index)
+    assert report.refused == {"missing image": 50} and report.read == 5000
+    with pytest.raises(CorpusError):
+        fill(report, 100, 2, 50)
+    fill(Report("rows.jsonl", 100, 0.29), 100, 29)  # 0.29 * 100 is a little less than 29 in binary
+    with pytest.raises(CorpusError):
+        Report("rows.jsonl", 100, 0.0).add(0, BAD)
+
+
+def test_a_corpus_that_is_mostly_unusable_stops_early_and_one_at_the_limit_does_not():
+    report = Report("rows.jsonl", 10**8, 0.01)
+    with pytest.raises(CorpusError):
+        fill(report, 100, 100)
+    assert report.read < 10
+    steady = Report("rows.jsonl", 10**8, 0.01)
+    for _ in range(500):
+        fill(steady, 100, 1)
+    with pytest.raises(CorpusError):
+        for _ in range(500):
+            fill(steady, 100, 2)
+
+
+def test_the_report_names_rows_and_survives_a_round_trip():
+    report = Report("rows.jsonl", 1000, 0.02)
+    report.add(0, None)
+    report.add(0, BAD)
+    report.add(0, (3, "missing image", "'y.png': no such file"))
+    report.add(0, (5, "malformed JSON", "Expecting value"))
+    expected = """\
+rows.jsonl: 3 of 4 rows read refused (75.00%; limit 2.00%)
+  missing image: 2
+    line 3: 'y.png': no such file
+    line 7: 'x.png': no such file
+  malformed JSON: 1
+    line 5: Expecting value"""
+    assert str(report) == expected
+    other = Report("rows.jsonl", 1000, 0.02)
+    other.restore(json.loads(json.dumps(report.state())))
+    assert str(other) == expected and other.state() == report.state()
+    for copy in (report, other):  # 20 in a pass are allowed, 17 are left
+        fill(copy, 800, 17)
+        with pytest.raises(CorpusError, match="too many rows can't be used: rows.jsonl: 21 of 805"):
+            copy.add(0, BAD)

@@ -1,0 +1,158 @@
+"""Encoded images of any common kind -> uint8 RGB pixels of one size.
+
+Unusual pixels are converted (palette, greyscale, 16 bits, CMYK, transparency, camera orientation); files that are not
+whole images are refused by cause, never completed with guesses.
+"""
+
+import io
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from unialign_jax.data.samples import Cause, Refused
+
+# Named, so that none of Pillow's other readers (EPS runs an interpreter) is ever reached by training data.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+# About 270 MB of RGB; larger ones are a mistake or an attack (a "decompression bomb").
+MAX_PIXELS = 89_478_485
+
+# How JPEG, PNG, GIF and TIFF files begin.
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*")
+_ORIENTATION_TAG = 0x0112
+# EXIF orientation -> what undoes it; 1 is upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_CUT_SHORT = ("truncated", "not enough", "eof", "end of file")
+
+
+def load(path: str, height: int, width: int) -> np.ndarray:
+    """`read`, `decode` and `fit` in one: an image file, local or `gs://`, as uint8 `[height, width, 3]`.
+
+    Raises:
+      Refused: see those; the detail names the file.
+    """
+    data = read(path)
+    try:
+        return fit(decode(data), height, width)
+    except Refused as refused:
+        raise Refused(refused.cause, f"{path!r}: {refused.detail}") from refused.__cause__
+
+
+def read(path: str) -> bytes:
+    """The bytes of a file, local or `gs://`.
+
+    Raises:
+      Refused: there is no such file, or it can't be read.
+    """
+    try:
+        return epath.Path(path).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise Refused(Cause.MISSING_IMAGE, f"{path!r}: no such file") from None
+    except ValueError as error:  # a NUL or half a surrogate pair: no file can be called that
+        raise Refused(Cause.MISSING_IMAGE, f"{path!r} is not a file name ({error})") from None
+    except OSError as error:
+        raise Refused(Cause.UNREADABLE_IMAGE, f"{path!r}: {error.strerror or error}") from None
+
+
+def decode(data: bytes) -> Image.Image:
+    """The image in `data` (one of `FORMATS`; of an animation the first frame), upright, as 8-bit RGB.
+
+    The EXIF orientation is applied; transparency is laid over white; 16-bit samples are scaled by 255/65535, rounded;
+    CMYK and the rest go through Pillow's `convert('RGB')`, without colour profiles, as published.
+
+    Raises:
+      Refused: not an image, truncated, corrupt, of more than `MAX_PIXELS`, or with samples of no stated range.
+    """
+    if not data:
+        raise Refused(Cause.TRUNCATED_IMAGE, "the file is empty")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise Refused(Cause.IMAGE_TOO_LARGE, str(error)) from None
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's readers raise nearly anything on bytes they don't understand
+        if data.startswith(_SIGNATURES):
+            raise Refused(
+                Cause.CORRUPT_IMAGE, f"{len(data)} bytes with a header that is cut short or broken"
+            ) from error
+        raise Refused(Cause.NOT_AN_IMAGE, f"{len(data)} bytes that are none of {', '.join(FORMATS)}") from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise Refused(Cause.IMAGE_TOO_LARGE, f"{width} x {height} is over the limit of {MAX_PIXELS} pixels")
+    try:
+        image.load()
+        upright = _UPRIGHT.get(_orientation(image))
+        return to_rgb(image if upright is None else image.transpose(upright))
+    except (Refused, MemoryError):
+        raise
+    except Exception as error:
+        cut = any(words in str(error).lower() for words in _CUT_SHORT)
+        cause = Cause.TRUNCATED_IMAGE if cut else Cause.CORRUPT_IMAGE
+        raise Refused(cause, f"{image.format} of {width} x {height}: {error}") from error
+
+
+def fit(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """Resizes (bicubic, antialiased) until `height` x `width` is just covered, then crops the centre.
+
+    For a square this is the published transform, shorter side to the size and centre crop, up to Pillow's rounding
+    between its two passes. Only what is inside the crop is computed, so a thin strip of an image costs no more memory.
+
+    Args:
+      image: RGB.
+      height, width: in pixels.
+
+    Returns:
+      uint8 `[height, width, 3]`.
+    """
+    full_width, full_height = image.size
+    if full_width * height >= full_height * width:
+        scaled_width, scaled_height = full_width * height // full_height, height
+    else:
+        scaled_width, scaled_height = width, full_height * width // full_width
+    left, top = round((scaled_width - width) / 2), round((scaled_height - height) / 2)
+    x_scale, y_scale = full_width / scaled_width, full_height / scaled_height
+    box = (left * x_scale, top * y_scale, (left + width) * x_scale, (top + height) * y_scale)
+    # Rounding may leave the last corner 1e-13 outside the image, which Pillow refuses.
+    box = (*box[:2], min(box[2], full_width), min(box[3], full_height))
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # a broken EXIF block, on which Pillow raises nearly anything, does not spoil the pixels
+        return 1
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A decoded image of any mode as 8-bit RGB, see `decode`; RGB images are returned as they are.
+
+    Raises:
+      Refused: samples of no stated range.
+    """
+    if image.mode.startswith(("I", "F")):
+        return _deep_to_rgb(image)
+    transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+    if transparent:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _deep_to_rgb(image: Image.Image) -> Image.Image:
+    """Greyscale of 16 bits (modes I;16*, and I, which some files use for it) to RGB; floats have no stated range."""
+    samples = np.asarray(image)
+    if image.mode == "F" or samples.min() < 0 or samples.max() > 65535:
+        detail = f"mode {image.mode!r} with samples from {samples.min()} to {samples.max()}, expected 0 to 65535"
+        raise Refused(Cause.UNSUPPORTED_PIXELS, f"{detail}; save it with 8 or 16 bits per sample")
+    grey = (samples.astype(np.uint32) * 255 + 32767) // 65535
+    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
