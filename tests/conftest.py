@@ -6,6 +6,8 @@ import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The tests' programs are tiny: compiling them is most of the time, and this more than halves it.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_llvm_disable_expensive_passes=true"
 
 import jax.numpy as jnp
 import numpy as np

@@ -58,8 +58,7 @@ def value_and_grad(transformer, text_encoder):
     @functools.partial(jax.jit, static_argnums=0)
     def compute(objective, params, features, draws, null_text):
         def encode(ids):
-            states = encoder.apply({"params": text_params}, ids)
-            return states.at[-1].set(null_text[0])
+            return null_text if len(ids) == 1 else encoder.apply({"params": text_params}, ids)
 
         def loss(params):
             return objective(functools.partial(model.apply, {"params": params}), encode, features, draws)

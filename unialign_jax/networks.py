@@ -65,6 +65,13 @@ class Networks:
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Random float32 parameters of all networks, plain trees without metadata boxes."""
+        return nn.unbox(self._init_boxed(key))
+
+    def abstract(self) -> dict[str, Any]:
+        """Shapes of `init`'s result, in boxes with the logical axis names that `parallel.param_shardings` reads."""
+        return jax.eval_shape(self._init_boxed, jax.random.key(0))
+
+    def _init_boxed(self, key: jax.Array) -> dict[str, Any]:
         keys = jax.random.split(key, 4)
         config = self.transformer.config
         side = config.patch_size
@@ -81,7 +88,7 @@ class Networks:
         }
         if self.teacher is not None:
             params["teacher"] = self.teacher.init(keys[3])
-        return nn.unbox(params)
+        return params
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """`(h, w, C)` of the latent of an image of `height x width` pixels."""

@@ -69,9 +69,11 @@ class Objective:
         masked_ids = masked_text.mask_tokens(
             features.caption_ids, draws.text_time, draws.text_mask, features.caption_loss_mask, self.mask_token_id
         )
-        # One call of the text encoder for all three texts: instruction, masked caption, dropped condition.
-        states = encode_text(jnp.concatenate([features.instruction_ids, masked_ids, features.null_ids[None]]))
-        instruction, caption, null = jnp.split(states, [size, 2 * size])
+        # One call of the text encoder for both texts, interleaved: a batch that is split over devices stays split.
+        pairs = jnp.stack([features.instruction_ids, masked_ids], axis=1)
+        states = encode_text(pairs.reshape(2 * size, -1)).reshape(size, 2, *features.null_ids.shape, -1)
+        instruction, caption = states[:, 0], states[:, 1]
+        null = encode_text(features.null_ids[None])
         instruction = jnp.where((draws.text_drop < self.text_dropout)[:, None, None], null, instruction)
         depth = self.semantic_depth if features.teacher_image is not None else None
         pool_mask = None if self.pool_padding else _before_padding(features.caption_ids, self.end_token_id)

@@ -70,6 +70,11 @@ def euler_sigmas(num_steps: int, shift: float = 3.0) -> np.ndarray:
     return np.append(shifted(times / NUM_TRAIN_TIMES), 0).astype(np.float32)
 
 
+def _interleave(first: jax.Array, second: jax.Array) -> jax.Array:
+    """Two `[B, ...]` -> `[2 B, ...]`, row by row: a batch that is split over devices stays where it is."""
+    return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
+
+
 def sample(
     velocity: Velocity,
     noise: jax.Array,
@@ -82,7 +87,7 @@ def sample(
 ) -> jax.Array:
     """Euler sampling with classifier-free guidance: one traced program, `len(sigmas) - 1` network evaluations.
 
-    Guided steps evaluate the batch `[negative | condition]` at once and follow
+    Guided steps evaluate negative and condition at once, as one batch of twice the size, and follow
     `v_negative + guidance_scale (v_condition - v_negative)`; the other steps evaluate `condition` alone.
 
     Args:
@@ -106,14 +111,14 @@ def sample(
     low, high = guidance_interval
     both = None
     if negative is not None and guidance_scale != 1.0:
-        both = jax.tree.map(lambda n, c: jnp.concatenate([n, c]), negative, condition)
+        both = jax.tree.map(_interleave, negative, condition)
 
     def plain(latents, time):
         return velocity(latents, jnp.full((batch,), time), condition)
 
     def guided(latents, time):
-        doubled = velocity(jnp.concatenate([latents, latents]), jnp.full((2 * batch,), time), both)
-        v_negative, v_condition = jnp.split(doubled.astype(jnp.float32), 2)
+        doubled = velocity(_interleave(latents, latents), jnp.full((2 * batch,), time), both)
+        v_negative, v_condition = jnp.moveaxis(doubled.astype(jnp.float32).reshape(batch, 2, *latents.shape[1:]), 1, 0)
         return v_negative + guidance_scale * (v_condition - v_negative)
 
     # Which steps are guided is known before tracing, so each run of equal steps is one scan without branches.

@@ -18,6 +18,7 @@ import numpy as np
 
 from unialign_jax.models.attention import attend
 from unialign_jax.models.layers import Dense, RMSNorm
+from unialign_jax.parallel import constrain
 
 CHANNELS = 3
 # CLIP's statistics of RGB in [0, 1], which Qwen's processor uses.
@@ -207,7 +208,8 @@ class _Block(nn.Module):
         y = RMSNorm(dtype=self.dtype, name="norm2")(x)
         gate = nn.silu(dense(config.intermediate_size, ("embed", "mlp"), name="gate")(y))
         y = gate * dense(config.intermediate_size, ("embed", "mlp"), name="up")(y)
-        return x + dense(config.hidden_size, ("mlp", "embed"), name="down")(y), None
+        x = x + dense(config.hidden_size, ("mlp", "embed"), name="down")(y)
+        return constrain(x, "batch", None, None, None), None
 
 
 class _Merger(nn.Module):
@@ -248,6 +250,7 @@ class QwenVisionTower(nn.Module):
         config = self.config
         _, rows, columns, _ = patches.shape
         x = Dense(config.hidden_size, (None, "embed"), use_bias=False, dtype=self.dtype, name="patch_embed")(patches)
+        x = constrain(x, "batch", None, None, None)
         blocks = nn.scan(
             _Block,
             variable_axes={"params": 0},

@@ -15,6 +15,7 @@ import numpy as np
 
 from unialign_jax.models.attention import attend
 from unialign_jax.models.layers import Dense, RMSNorm, layer_norm, mean_tokens
+from unialign_jax.parallel import constrain
 
 NUM_NULL_TOKENS = 8
 TIME_FEATURES = 256
@@ -208,14 +209,15 @@ class _Stream(nn.Module):
         query, key, value = (layer(x).reshape(heads) for layer in (self.query, self.key, self.value))
         if self.config.qk_norm == "rms_norm":
             query, key = self.query_norm(query), self.key_norm(key)
-        return query, key, value
+        return tuple(constrain(x, "batch", "sequence", "heads", None) for x in (query, key, value))
 
     def update(self, x: jax.Array, attended: jax.Array, modulation: tuple[jax.Array, ...]) -> jax.Array:
         """Adds the gated attention output and the gated MLP to the residual stream `[B, S, D]`."""
         _, _, attention_gate, shift, scale, mlp_gate = modulation
         x = x + attention_gate * self.out(attended.reshape(x.shape))
         y = (layer_norm(x) * (1 + scale) + shift).astype(self.dtype)
-        return x + mlp_gate * self.mlp_down(nn.gelu(self.mlp_up(y), approximate=True))
+        y = constrain(nn.gelu(self.mlp_up(y), approximate=True), "batch", "sequence", "mlp")
+        return constrain(x + mlp_gate * self.mlp_down(y), "batch", "sequence", None)
 
 
 class _JointBlock(nn.Module):
@@ -304,6 +306,7 @@ class UniAlign(nn.Module):
 
         image, target_length = self._embed_images(latents, references, len(text_states))
         text = dense(config.width, ("text_embed", "embed"), name="text_embed")(text_states)
+        text = constrain(text, "batch", "sequence", None)
         time = _TwoLayer(config.width, config.width, False, self.dtype, name="time_embed")(time_features(timesteps))
         time = nn.silu(time)
         segments = None
@@ -346,6 +349,7 @@ class UniAlign(nn.Module):
         text = layer_norm(text).astype(self.dtype)
         if want_text:
             logits = dense(config.vocab_size, ("embed", "vocab"), name="text_head")(text).astype(jnp.float32)
+            logits = constrain(logits, "batch", "sequence", "vocab")
         return Outputs(velocity, logits, image, text, image_semantic, text_semantic)
 
     def _embed_images(
@@ -377,7 +381,7 @@ class UniAlign(nn.Module):
         tokens = Dense(config.width, (None, "embed"), dtype=self.dtype, name="patch_embed")(patches)
         grid = (latents.shape[1] // config.patch_size, latents.shape[2] // config.patch_size)
         tokens = (tokens + _positions(config, *grid)).astype(self.dtype)
-        return tokens.reshape(batch, -1, config.width), patches.shape[2]
+        return constrain(tokens.reshape(batch, -1, config.width), "batch", "sequence", None), patches.shape[2]
 
 
 def _segments(target_length: int, reference_mask: jax.Array, text_length: int) -> jax.Array:
