@@ -1,0 +1,61 @@
+"""Converts weights between the public PyTorch checkpoints and this package, both ways.
+
+    python launch/convert.py --to=jax --source=UniAlignment --target=converted
+        A UniAlignment, D-DiT or SD3-medium pipeline directory (safetensors) becomes model.json and one Orbax
+        checkpoint per network. What SD3 and D-DiT lack is initialised, and listed.
+
+    python launch/convert.py --to=torch --source=converted --target=pipeline
+        The way back: a directory that the public pipeline class loads with from_pretrained. The source may also be a
+        run's stage directory, or one step in its checkpoints/.
+
+Between directories weights are streamed: memory holds a few tensors, never a network.
+"""
+
+from absl import flags
+
+from unialign_jax import cli
+
+_TO = flags.DEFINE_enum("to", None, ["jax", "torch"], "Which way to convert.")
+_SOURCE = flags.DEFINE_string("source", None, "Directory to read.")
+_TARGET = flags.DEFINE_string("target", None, "Directory to write; must not exist, or be empty.")
+flags.mark_flags_as_required(["to", "source", "target"])
+_MASK_TOKEN = flags.DEFINE_string(
+    "mask_token", None, "With --to=jax: .pth file of the mask token's learned embedding, put into the text encoder."
+)
+_TEACHER = flags.DEFINE_string(
+    "teacher", None, "With --to=jax: Qwen2.5-VL directory to take the semantic teacher's tensors from."
+)
+_SEED = flags.DEFINE_integer("seed", 0, "With --to=jax: of the tensors that the source lacks.")
+_PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
+
+
+def main() -> None:
+    from unialign_jax import convert, pretrained  # late: a wrong flag is said without loading JAX
+
+    if _TO.value == "jax":
+        report = convert.to_jax(
+            _SOURCE.value,
+            _TARGET.value,
+            mask_token=_MASK_TOKEN.value,
+            teacher=_TEACHER.value,
+            seed=_SEED.value,
+            progress=_PROGRESS.value,
+        )
+    elif _MASK_TOKEN.value or _TEACHER.value:
+        raise convert.ConversionError("--mask_token and --teacher go with --to=jax: they change what is read")
+    elif convert.is_converted(_SOURCE.value):
+        report = convert.to_torch(_SOURCE.value, _TARGET.value, progress=_PROGRESS.value)
+    else:  # a run, or a clear error
+        model = pretrained.load(_SOURCE.value, dtype="float32")
+        report = convert.write_torch(
+            model.description,
+            model.params,
+            _TARGET.value,
+            tokenizer=model.tokenizer_directory,
+            progress=_PROGRESS.value,
+        )
+    print(report)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,114 @@
+"""The convert command, run as a user runs it."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unialign_jax.checkpoints import Checkpoints
+from unialign_jax.convert import load_torch
+from unialign_jax.data.tokenizer import Tokenizer
+from unialign_jax.networks import build_networks
+from unialign_jax.state import TrainState
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture
+def convert():
+    """Runs launch/convert.py with flags; the finished process."""
+
+    def run(**flags):
+        return subprocess.run(
+            [sys.executable, "launch/convert.py", *(f"--{name}={value}" for name, value in flags.items())],
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+def test_there_and_back(convert, golden, tmp_path):
+    there = convert(to="jax", source=golden, target=tmp_path / "jax")
+    assert there.returncode == 0, there.stderr
+    assert "transformer: 2.7 MB" in there.stdout and f"wrote {tmp_path / 'jax'}" in there.stdout
+    assert "100%" in there.stderr and "B/s" in there.stderr  # the progress bar
+    back = convert(to="torch", source=tmp_path / "jax", target=tmp_path / "torch", progress=False)
+    assert back.returncode == 0, back.stderr
+    assert back.stderr == ""
+    for file in ("transformer/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_pytorch_model"):
+        assert (tmp_path / "torch" / f"{file}.safetensors").exists()
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The directory of a training stage, as far as reading its model needs one, and its averaged parameters."""
+    model = {
+        "transformer": {
+            "sample_size": 8, "num_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2, "in_channels": 12,
+            "out_channels": 12, "joint_attention_dim": 16, "caption_projection_dim": 16, "pos_embed_max_size": 6,
+            "vocab_size": 40, "adapter_hidden": 8, "semantic_dim": 12, "mask_token_id": 39,
+        },
+        "text_encoder": {"vocab_size": 40, "d_model": 16, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2},
+        "pixel_codec": {"patch": 2},
+        "teacher": None,
+    }  # fmt: skip
+    Tokenizer.learn(["a red square on a green field", "a blue disc"], 40).save(tmp_path / "stage/tokenizer")
+    abstract = jax.eval_shape(build_networks(model).init, jax.random.key(0))
+    trained = {name: abstract[name] for name in ("transformer", "text_encoder")}
+    random = np.random.default_rng(0)
+    trained, average = (
+        jax.tree.map(lambda leaf: jnp.asarray(random.standard_normal(leaf.shape, np.float32)), trained)
+        for _ in range(2)
+    )
+    config = {
+        "model": model, "seed": 0, "init": None, "optimizer": {"ema_rate": 0.9},
+        "data": {"text_length": 8, "height": 16, "width": 16},
+    }  # fmt: skip
+    with Checkpoints(tmp_path / "stage/checkpoints") as checkpoints:
+        checkpoints.save(3, TrainState(jnp.int32(3), trained, {}, average), {}, {"config": config})
+    return tmp_path / "stage", average
+
+
+def test_a_training_run_becomes_a_pytorch_directory(convert, run, tmp_path):
+    directory, average = run
+    done = convert(to="torch", source=directory, target=tmp_path / "torch")
+    assert done.returncode == 0, done.stderr
+    written = load_torch(tmp_path / "torch/transformer", "transformer")
+    jax.tree.map(np.testing.assert_array_equal, written, average["transformer"])
+    assert Tokenizer.load(tmp_path / "torch/tokenizer").vocab_size == 40
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"to": "jax", "source": "nowhere", "target": "t"}, "nowhere is not a directory"),
+        ({"to": "torch", "source": "tests", "target": "t"}, "tests is no checkpoint"),
+        (
+            {"to": "torch", "source": "a", "target": "t", "mask_token": "b"},
+            "--mask_token and --teacher go with --to=jax",
+        ),
+        ({"to": "onnx", "source": "a", "target": "t"}, "should be one of <jax|torch>"),
+        ({"to": "jax", "source": "a"}, "--target"),
+    ],
+)
+def test_errors_are_one_line(convert, flags, message):
+    run = convert(**flags)
+    assert run.returncode == 1
+    assert message in run.stderr and "Traceback" not in run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1
+    assert not (ROOT / "t").exists()
+
+
+def test_help(convert):
+    run = convert(help=True)
+    for word in ("--to=jax", "--to=torch", "--source", "--target", "--mask_token", "--teacher", "SD3-medium"):
+        assert word in run.stdout
