@@ -1,0 +1,299 @@
+"""Checkpoints: what is saved comes back bit for bit, and whatever is wrong is said instead of passed over."""
+
+import json
+import shutil
+import zlib
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from unialign_jax.checkpoints import CheckpointError, Checkpoints, DamagedCheckpoint, WrongArchitecture
+from unialign_jax.tree_checks import checksum
+
+# Orbax reads leaves concurrently; after the first that fails it drops the others, which asyncio remarks upon later.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+OPTIMIZER = optax.chain(
+    optax.clip_by_global_norm(1.0),
+    optax.adamw(
+        optax.warmup_constant_schedule(0.0, 1e-2, 3), mask={"dense": {"kernel": True, "bias": False}, "t": True}
+    ),
+)
+
+
+@flax.struct.dataclass
+class State:
+    step: Any
+    params: Any
+    opt_state: Any
+    ema: Any
+
+
+def make_state(step=0, width=4, ema=True, seed=0) -> State:
+    keys = jax.random.split(jax.random.key(seed), 3)
+    params = {
+        "dense": {"kernel": jax.random.normal(keys[0], (3, width)), "bias": jax.random.normal(keys[1], (width,))},
+        "t": jax.random.normal(keys[2], (2, 5)).astype(jnp.bfloat16),
+    }
+    average = jax.tree.map(lambda x: x * 2, params) if ema else None
+    return State(jnp.int32(step), params, OPTIMIZER.init(params), average)
+
+
+@jax.jit
+def _update(state: State, x):
+    def loss(params):
+        return jnp.mean((x @ params["dense"]["kernel"] + params["dense"]["bias"]) ** 2) + jnp.mean(params["t"] ** 2)
+
+    value, grads = jax.value_and_grad(loss)(state.params)
+    updates, opt_state = OPTIMIZER.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = None if state.ema is None else optax.incremental_update(params, state.ema, 0.1)
+    return State(state.step + 1, params, opt_state, ema), value
+
+
+train_step = jax.jit(_update, donate_argnums=0)
+
+
+def batch(step: int) -> jax.Array:
+    return jax.random.normal(jax.random.fold_in(jax.random.key(7), step), (8, 3))
+
+
+def abstract(state):
+    return jax.eval_shape(lambda: state)
+
+
+def assert_identical(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_round_trip_is_bit_exact(tmp_path, ema):
+    state, _ = train_step(make_state(6, ema=ema), batch(0))  # moments and counters that are not zero
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(7, state, {"position": 12}, {"stage": "pretrain", "config": {"a": [1, 2]}})
+        restored, data_state, meta = checkpoints.restore(abstract(state))
+        assert_identical(restored, state)
+        assert (restored.ema is None) == (not ema)
+        assert data_state == {"position": 12}
+        assert meta == {"stage": "pretrain", "config": {"a": [1, 2]}} == checkpoints.meta(7)
+
+
+def test_buffers_may_be_donated_right_after_save(tmp_path):
+    state = make_state()
+    for _ in range(3):
+        state, _ = train_step(state, batch(1))
+    expected = jax.tree.map(np.array, state)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, state, None, {})
+        for step in range(5):
+            state, _ = train_step(state, batch(step))
+        jax.block_until_ready(state)
+        assert_identical(checkpoints.restore(abstract(state))[0], expected)
+
+
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
+    def advance(state, steps):
+        losses = []
+        for step in steps:
+            state, loss = train_step(state, batch(step))
+            losses.append(float(loss))
+        return state, losses
+
+    uninterrupted, losses = advance(make_state(), range(8))
+    half, _ = advance(make_state(), range(4))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(4, half, None, {})
+    with Checkpoints(tmp_path) as checkpoints:
+        resumed, _, _ = checkpoints.restore(abstract(make_state(seed=3)))
+    resumed, later_losses = advance(resumed, range(4, 8))
+    assert_identical(resumed, uninterrupted)
+    assert later_losses == losses[4:]
+
+
+def test_parameters_alone(tmp_path):
+    state = make_state(2)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(2, state, None, {})
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert_identical(checkpoints.restore_params(abstract(state.params)), state.params)
+        assert_identical(checkpoints.restore_params(which="ema"), state.ema)
+        with pytest.raises(
+            WrongArchitecture, match=r"dense/bias is float32\[4\] in the checkpoint, expected float32\[9\]"
+        ):
+            checkpoints.restore_params(abstract(make_state(width=9).params))
+        with pytest.raises(CheckpointError, match="expected 'params' or 'ema'"):
+            checkpoints.restore_params(which="opt_state")
+
+
+def test_parameters_average_that_was_not_kept(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(2, make_state(2, ema=False), None, {})
+        with pytest.raises(CheckpointError, match="has no 'ema'"):
+            checkpoints.restore_params(which="ema", step=2)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (make_state(width=5), r"params/dense/kernel is float32\[3, 4\] in the checkpoint, expected float32\[3, 5\]"),
+        (make_state(ema=False), r"ema/t bfloat16\[2, 5\] is only in the checkpoint"),
+        (make_state().replace(params={}), r"params/dense/bias float32\[4\] is only in the checkpoint"),
+        (make_state().replace(ema={"new": jnp.ones(2)}), r"ema/new float32\[2\] is not in the checkpoint"),
+        (
+            make_state().replace(ema=jax.tree.map(lambda x: x.astype(jnp.float16), make_state().ema)),
+            r"ema/t is bfloat16\[2, 5\] in the checkpoint, expected float16\[2, 5\]",
+        ),
+    ],
+)
+def test_another_architecture_is_refused_by_leaf(tmp_path, wanted, message):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(0, make_state(), None, {})
+        with pytest.raises(WrongArchitecture, match=message):
+            checkpoints.restore(abstract(wanted))
+
+
+def test_a_step_may_be_refused_by_its_meta_before_its_arrays_are_read(tmp_path):
+    def accept(meta):
+        raise ValueError(f"not stage {meta['stage']}")
+
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, make_state(1), None, {"stage": "pretrain"})
+        with pytest.raises(ValueError, match="not stage pretrain"):
+            checkpoints.restore(abstract(make_state(width=9)), accept=accept)
+
+
+def _damage(path, how):
+    files = {file: file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+    if how == "no metadata":
+        (path / "meta" / "metadata").unlink()
+    elif how == "no tree":
+        (path / "state" / "_METADATA").unlink()
+    elif how == "no state":
+        shutil.rmtree(path / "state")
+    elif how == "truncated":
+        for file, content in files.items():
+            if file.parent.name == "d":
+                file.write_bytes(content[: len(content) // 2])
+    elif how == "altered":
+        for file, content in files.items():
+            if file.parent.name == "d":
+                middle = len(content) // 2
+                file.write_bytes(content[:middle] + bytes([content[middle] ^ 0x55]) + content[middle + 1 :])
+    elif how == "iterator":
+        (path / "data" / "metadata").write_text("{")
+    elif how == "checksum":
+        meta = path / "meta" / "metadata"
+        content = json.loads(meta.read_text())
+        content["checksums"]["opt_state"] += 1
+        meta.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "how", ["no metadata", "no tree", "no state", "truncated", "altered", "iterator", "checksum", "other step"]
+)
+def test_damaged_newest_step_names_the_newest_good_one(tmp_path, how):
+    state = make_state()
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (10, 20, 30):
+            checkpoints.save(step, make_state(step, seed=step), step, {})
+    if how == "other step":
+        shutil.rmtree(tmp_path / "30")
+        shutil.copytree(tmp_path / "10", tmp_path / "30")
+    else:
+        _damage(tmp_path / "30", how)
+    _damage(tmp_path / "20", "truncated")
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(DamagedCheckpoint, match=r"30 is damaged.*--config.resume_step=10"):
+            checkpoints.restore(abstract(state))
+        restored, data_state, _ = checkpoints.restore(abstract(state), step=10)
+        assert_identical(restored, make_state(10, seed=10))
+        assert data_state == 10
+        with pytest.raises(DamagedCheckpoint, match="20 is damaged"):
+            checkpoints.restore_params(step=20)
+    _damage(tmp_path / "10", "no metadata")
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(DamagedCheckpoint, match="No older step"):
+        checkpoints.restore(abstract(state))
+
+
+def test_existing_and_older_steps_are_refused(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(5, make_state(5), None, {})
+        for step in (5, 4):
+            with pytest.raises(CheckpointError, match="already has step 5"):
+                checkpoints.save(step, make_state(step), None, {})
+        with pytest.raises(CheckpointError, match="step 6 is at step 3"):
+            checkpoints.save(6, make_state(3), None, {})
+        with pytest.raises(TypeError):
+            checkpoints.save(6, make_state(6), {"position": np.ones(3)}, {})
+        assert checkpoints.all_steps() == [5]
+
+
+def test_retention_by_count_and_by_period(tmp_path):
+    with Checkpoints(tmp_path, max_to_keep=2, keep_period=20) as checkpoints:
+        for step in range(10, 80, 10):
+            checkpoints.save(step, make_state(step), None, {}, wait=True)
+        assert checkpoints.all_steps() == [20, 40, 60, 70]
+        assert checkpoints.latest_step() == 70
+
+
+def test_leftovers_of_a_killed_save_are_removed_but_not_by_readers(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, make_state(1), None, {})
+    leftover = tmp_path / "2.orbax-checkpoint-tmp"
+    shutil.copytree(tmp_path / "1", leftover)
+    (leftover / "commit_success.txt").unlink()
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.all_steps() == [1]
+    assert leftover.exists()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.all_steps() == [1]
+        checkpoints.save(2, make_state(2), None, {}, wait=True)
+        assert checkpoints.all_steps() == [1, 2]
+    assert not leftover.exists()
+
+
+def test_steps_after_the_chosen_one_are_set_aside(tmp_path):
+    directory = tmp_path / "steps"
+    with Checkpoints(directory, max_to_keep=9) as checkpoints:
+        for turn in range(2):
+            for step in (10, 20, 30)[turn:]:
+                checkpoints.save(step, make_state(step, seed=step), None, {}, wait=True)
+            assert checkpoints.set_aside_after(10) == [20, 30]
+            assert checkpoints.all_steps() == [10]
+    assert sorted(p.name for p in (tmp_path / "steps-set-aside").iterdir()) == ["20", "20.1", "30", "30.1"]
+
+
+def test_missing_checkpoints(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such checkpoint directory"):
+        Checkpoints(tmp_path / "none", read_only=True)
+    with Checkpoints(tmp_path / "empty") as checkpoints:
+        assert checkpoints.latest_step() is None
+        with pytest.raises(FileNotFoundError, match="holds no complete checkpoint"):
+            checkpoints.restore(abstract(make_state()))
+        checkpoints.save(3, make_state(3), None, {})
+        with pytest.raises(FileNotFoundError, match="no step 4; there are 3"):
+            checkpoints.restore(abstract(make_state()), step=4)
+
+
+def test_checksum_formula_and_what_it_notices():
+    values = np.array([[1.5, -2.0, 0.0], [3.0, 4.0, 5.0]], np.float32)
+    bits = values.view(np.uint32).astype(object).ravel()
+    expected = (zlib.crc32(b"a/b") | 1) * sum(int(b) * (2 * i + 1) for i, b in enumerate(bits)) % 2**32
+    assert checksum({"a": {"b": jnp.asarray(values)}}) == expected
+    assert checksum(None) == checksum({}) == 0
+    base = {"x": jnp.arange(4.0), "y": jnp.arange(4.0) + 1, "flag": jnp.array([True, False])}
+    others = [
+        {**base, "x": jnp.array([1.0, 0.0, 2.0, 3.0])},  # exchanged elements
+        {**base, "x": base["y"], "y": base["x"]},  # exchanged arrays
+        {**base, "flag": jnp.array([False, True])},
+        {**base, "x": jnp.array([-0.0, 1.0, 2.0, 3.0])},  # a sign alone
+    ]
+    assert len({checksum(tree) for tree in [base, *others]}) == 5
