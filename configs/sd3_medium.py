@@ -1,0 +1,134 @@
+"""UniAlignment at its published size, started from SD3-medium: 2.124 B parameters, 512 x 512 pixels.
+
+Values are those of the public training configuration. Before it runs, the pretrained parts are converted once:
+
+    python launch/convert.py --to=jax --source=SD3_MEDIUM_DIRECTORY --teacher=QWEN2_5_VL_DIRECTORY --target=converted
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+STAGES = ("unify",)
+TEXT_LENGTH = 256
+IMAGE = 512  # pixels
+
+
+def get_config(stage: str = "unify") -> ml_collections.ConfigDict:
+    """The one stage: generation and editing (with perception) batches take turns; each also trains captioning."""
+    if stage not in STAGES:
+        raise ValueError(f"no stage {stage!r}; this config has {', '.join(STAGES)}")
+    config = ml_collections.ConfigDict()
+    config.stage = stage
+    config.seed = 1234
+    config.steps = 80_000
+    config.dtype = "bfloat16"
+    config.remat = "dots"
+    config.trained = ("transformer",)
+    config.init = "converted"
+    config.micro_batches = 1
+
+    config.model = {
+        "transformer": {
+            "sample_size": 128,
+            "patch_size": 2,
+            "in_channels": 16,
+            "out_channels": 16,
+            "num_layers": 24,
+            "attention_head_dim": 64,
+            "num_attention_heads": 24,
+            "caption_projection_dim": 1536,
+            "joint_attention_dim": 4096,
+            "pos_embed_max_size": 192,
+            "vocab_size": 32100,
+            "mask_token_id": 32099,
+            "adapter_hidden": 2048,
+            "semantic_dim": 3584,
+            "qk_norm": config_dict.placeholder(str),
+        },
+        "autoencoder": {
+            "in_channels": 3,
+            "out_channels": 3,
+            "latent_channels": 16,
+            "block_out_channels": (128, 256, 512, 512),
+            "layers_per_block": 2,
+            "norm_num_groups": 32,
+            "scaling_factor": 1.5305,
+            "shift_factor": 0.0609,
+        },
+        # T5 v1.1 XXL, SD3's text_encoder_3.
+        "text_encoder": {
+            "vocab_size": 32128,
+            "d_model": 4096,
+            "d_kv": 64,
+            "d_ff": 10240,
+            "num_layers": 24,
+            "num_heads": 64,
+            "relative_attention_num_buckets": 32,
+            "relative_attention_max_distance": 128,
+            "layer_norm_epsilon": 1e-6,
+        },
+        # Qwen2.5-VL-7B's vision tower and input embeddings.
+        "teacher": {
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 112,
+            "out_hidden_size": 3584,
+            "fullatt_block_indexes": (7, 15, 23, 31),
+            "min_pixels": 56 * 56,
+            "max_pixels": 28 * 28 * 16384,
+            "vocab_size": 152_064,
+        },
+    }
+    config.tokenizer = {"path": "converted/tokenizer", "learn_vocab_size": config_dict.placeholder(int)}
+    config.teacher_tokenizer = "converted/teacher_tokenizer"
+
+    # Sources of equal weight take turns.
+    config.data = {
+        "sources": {
+            "generate": {"path": config_dict.placeholder(str), "task": "generate", "references": 0, "weight": 1.0},
+            "edit": {"path": config_dict.placeholder(str), "task": "edit", "references": 1, "weight": 1.0},
+        },
+        "global_batch": 384,
+        "height": IMAGE,
+        "width": IMAGE,
+        "text_length": TEXT_LENGTH,
+        "teacher_length": TEXT_LENGTH,
+        "seed": config.get_ref("seed"),
+        "refused_share": 0.01,
+        "threads": 8,
+        "workers": 8,
+        "prefetch": 2,
+    }
+
+    config.objective = {
+        "image_weight": 1.0,
+        "text_weight": 0.2,
+        "contrastive_weight": 0.05,
+        "alignment_weight": 0.1,
+        "temperature": 0.07,
+        "semantic_depth": 8,
+        "text_dropout": 0.1,
+        "pool_padding": True,
+    }
+    config.optimizer = {
+        "learning_rate": 3e-5,
+        "warmup_steps": 2000,
+        "decay_steps": 0,
+        "weight_decay": 1e-2,
+        "decay_matrices_only": False,
+        "b1": 0.9,
+        "b2": 0.999,
+        "eps": 1e-8,
+        "clip_norm": 2.0,
+        "ema_rate": 0.9995,
+    }
+    config.log = {"every": 20, "samples_every": 5000, "sample_count": 8, "sample_steps": 28, "guidance": 7.0}
+    config.checkpoint = {"every": 5000, "keep": 3, "keep_period": 20_000}
+    config.resume_step = config_dict.placeholder(int)
+    config.allow_changed = ()
+    return config

@@ -1,0 +1,93 @@
+"""Commands refuse what is wrong with one line on standard error and exit code 1, before anything heavy is loaded."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def run(*arguments, program=ROOT / "launch" / "train.py", cwd=ROOT):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, str(program), *arguments], capture_output=True, text=True, cwd=cwd, env=environment
+    )
+
+
+def assert_refused(result, *parts):
+    assert result.returncode == 1
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert result.stderr.startswith("error: ")
+    for part in parts:
+        assert part in result.stderr
+
+
+TINY = "--config=configs/photos_tiny.py"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ((TINY, "--config.setps=3"), ("--config.setps=3", "no key 'setps'", "did you mean 'steps'")),
+        ((TINY, "--config.optimizer.rate=3"), ("--config.optimizer.rate=3", "no key 'rate'")),
+        ((TINY, "--config.steps=many"), ("--config.steps", "many")),
+        ((TINY, "--config.steps=1.5"), ("--config.steps", "1.5")),
+        ((TINY, "--config.log=3"), ("--config.log", "not a dict")),
+        ((TINY + ":nonsense",), ("no stage 'nonsense'; this config has photos",)),
+        (("--config=configs/nowhere.py",), ("config file 'configs/nowhere.py' does not exist",)),
+        ((TINY, "--config.steps=3", "--nonsense=3"), ("nonsense",)),
+        ((TINY, "runs/photos"), ("unexpected argument 'runs/photos'",)),
+    ],
+)
+def test_wrong_flags(arguments, parts, tmp_path):
+    assert_refused(run(*arguments, f"--workdir={tmp_path}"), *parts)
+
+
+def test_required_flags():
+    assert_refused(run(TINY), "--workdir")
+    assert_refused(run("--workdir=runs"), "--config")
+
+
+def test_data_that_is_not_there(tmp_path):
+    missing = f"--config.data.sources.photos.path={tmp_path}/photos.jsonl"
+    assert_refused(run(TINY, missing, f"--workdir={tmp_path}"), f"{tmp_path}/photos.jsonl", "no such file")
+
+
+def test_a_file_config_with_a_wrong_key(tmp_path):
+    text = (ROOT / "configs" / "photos_tiny.py").read_text()
+    (tmp_path / "mine.py").write_text(text.replace("config.steps =", "config.setps ="))
+    assert_refused(run(f"--config={tmp_path}/mine.py", f"--workdir={tmp_path}"), "setps: unknown key")
+
+
+def test_help_explains_the_flags():
+    result = run("--help")
+    assert "--workdir" in result.stdout and "--config" in result.stdout and "traceback" in run("--helpfull").stdout
+
+
+@pytest.fixture
+def program(tmp_path):
+    def write(body: str) -> pathlib.Path:
+        path = tmp_path / "program.py"
+        path.write_text(
+            f"from unialign_jax import cli\n\ndef main():\n{textwrap.indent(body, '    ')}\n\ncli.run(main)\n"
+        )
+        return path
+
+    return write
+
+
+def test_defects_keep_their_traceback_and_expected_errors_do_not(program):
+    ours = program("raise ValueError('the config is\\nwrong')")
+    assert_refused(run(program=ours), "error: the config is wrong")
+    assert "Traceback" in run("--traceback", program=ours).stderr
+    foreign = run(program=program("int('x')\nimport json\njson.loads('{')"))
+    assert foreign.returncode == 1 and "error: " in foreign.stderr
+    library = run(program=program("import json\njson.loads('{')"))
+    assert library.returncode == 1 and "Traceback" in library.stderr and "JSONDecodeError" in library.stderr
+    assert_refused(run(program=program("open('/nowhere/at/all')")), "/nowhere/at/all")
+    assert run(program=program("print('fine')")).returncode == 0
+    assert "Traceback" in run(program=program("raise KeyError('x')")).stderr

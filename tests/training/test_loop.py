@@ -1,0 +1,226 @@
+"""The whole loop on a few drawn scenes with a very small network: what it writes, how it resumes, what it refuses."""
+
+import importlib.util
+import io
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
+
+from unialign_jax.checkpoints import Checkpoints
+from unialign_jax.data import scenes
+from unialign_jax.training import loop
+from unialign_jax.training.metrics import NonFiniteLoss
+from unialign_jax.training.saved_config import ConfigChanged
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+STEPS, EVERY = 6, 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_compilations(tmp_path_factory):
+    """The runs of this file compile the same programs; on disk they are compiled once."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("corpus")
+    scenes.write_corpus(directory, count=12, size=16)
+    return directory
+
+
+def make_config(corpus, **changes):
+    """The shipped small config made tiny, with a generation and an edit source that take turns."""
+    spec = importlib.util.spec_from_file_location("photos_tiny", CONFIGS / "photos_tiny.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    config.data.sources = {
+        "draw": {"path": str(corpus / "generate.jsonl"), "task": "generate", "references": 0, "weight": 1.0},
+        "recolour": {"path": str(corpus / "edit.jsonl"), "task": "edit", "references": 1, "weight": 1.0},
+    }
+    config.lock()
+    vocabulary = 64
+    config.update_from_flattened_dict(
+        {
+            "steps": STEPS,
+            "model.transformer.num_layers": 2,
+            "model.transformer.num_attention_heads": 1,
+            "model.transformer.caption_projection_dim": 32,
+            "model.transformer.joint_attention_dim": 16,
+            "model.transformer.vocab_size": vocabulary,
+            "model.transformer.mask_token_id": vocabulary - 1,
+            "model.transformer.adapter_hidden": 8,
+            "model.transformer.semantic_dim": 8,
+            "model.text_encoder.vocab_size": vocabulary,
+            "model.text_encoder.d_model": 16,
+            "model.text_encoder.d_kv": 8,
+            "model.text_encoder.d_ff": 16,
+            "model.text_encoder.num_layers": 1,
+            "model.text_encoder.num_heads": 2,
+            "model.teacher.depth": 1,
+            "model.teacher.fullatt_block_indexes": (0,),
+            "model.teacher.hidden_size": 16,
+            "model.teacher.intermediate_size": 16,
+            "model.teacher.num_heads": 2,
+            "model.teacher.out_hidden_size": 8,
+            "model.teacher.vocab_size": vocabulary,
+            "model.teacher.min_pixels": 16 * 16,
+            "model.teacher.max_pixels": 16 * 16,
+            "tokenizer.learn_vocab_size": vocabulary,
+            "data.global_batch": 4,
+            "data.height": 16,
+            "data.width": 16,
+            "data.text_length": 12,
+            "data.teacher_length": 12,
+            "data.threads": 1,
+            "optimizer.warmup_steps": 1,
+            "log.every": 3,
+            "log.samples_every": 0,
+            "checkpoint.every": EVERY,
+            "checkpoint.keep": 10,
+        }
+        | changes
+    )
+    return config
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    """(working directory, state after the last step, console output) of an uninterrupted run with samples."""
+    workdir = tmp_path_factory.mktemp("run")
+    config = make_config(corpus, **{"log.samples_every": STEPS, "log.sample_count": 2, "log.sample_steps": 2})
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdout", output)
+        state = loop.train(config, workdir)
+    return workdir, jax.tree.map(np.asarray, state), output.getvalue()
+
+
+def event_values(directory):
+    events = []
+    for path in sorted(directory.glob("events.out.tfevents.*")):
+        data = path.read_bytes()
+        while data:
+            length = int.from_bytes(data[:8], "little")
+            events.append(Event.FromString(data[12 : 12 + length]))
+            data = data[16 + length :]
+    return {(event.step, value.tag): value for event in events for value in event.summary.value}
+
+
+def assert_identical(left, right):
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_what_a_run_leaves(finished):
+    workdir, state, output = finished
+    stage = workdir / "photos"
+    assert int(state.step) == STEPS and set(state.params) == {"transformer", "text_encoder"}
+    assert (stage / "tokenizer" / "tokenizer.json").is_file()
+    with Checkpoints(stage / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.all_steps() == [2, 4, 6]
+        meta = checkpoints.meta()
+        assert meta["stage"] == "photos" and meta["config"]["steps"] == STEPS
+        assert [source["rows"] for source in meta["data"]] == [12, 12] and "jax" in meta["versions"]
+        assert_identical(checkpoints.restore_params(), state.params)
+    values = event_values(stage)
+    terms = ("loss", "image", "text", "contrastive", "image_align", "text_align", "grad_norm", "learning_rate")
+    for tag in (*terms, *(f"{source}/{term}" for source in ("draw", "recolour") for term in terms)):
+        assert np.isfinite(values[STEPS, tag].simple_value)
+    times = [values[STEPS, f"time/{part}_seconds"].simple_value for part in ("step", "wait_for_data", "compute")]
+    assert times[0] == pytest.approx(times[1] + times[2], rel=1e-3) and min(times) >= 0
+    for rate in ("steps_per_second", "images_per_second", "model_tflops_per_second"):
+        assert values[STEPS, f"throughput/{rate}"].simple_value > 0
+    grid = Image.open(io.BytesIO(values[STEPS, "samples"].image.encoded_image_string))
+    assert grid.size == (2 * 17 - 1, 2 * 17 - 1)  # two samples, each its target and what was made
+    assert "| true | sampled |" in values[STEPS, "captions/text_summary"].tensor.string_val[0].decode()
+    assert "step 3/6 (50%)" in output and "compiled the step for 'recolour'" in output and "done at step 6" in output
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(finished, corpus, tmp_path):
+    """Parameters, optimizer, average, data order and metrics, bit for bit; it also goes back on request."""
+    workdir, state, _ = finished
+    shutil.copytree(workdir, tmp_path / "run")
+    config = make_config(corpus, resume_step=2, allow_changed=("log",))
+    resumed = loop.train(config, tmp_path / "run")
+    assert_identical(resumed, state)
+    checkpoints = tmp_path / "run" / "photos" / "checkpoints"
+    assert sorted(p.name for p in checkpoints.iterdir() if p.name.isdigit()) == ["2", "4", "6"]
+    assert sorted(p.name for p in (tmp_path / "run" / "photos" / "checkpoints-set-aside").iterdir()) == ["4", "6"]
+    with (
+        Checkpoints(checkpoints, read_only=True) as again,
+        Checkpoints(workdir / "photos" / "checkpoints", read_only=True) as first,
+    ):
+        for step in (4, 6):
+            pair = [source.restore(state, step) for source in (again, first)]
+            assert_identical(pair[0][0], pair[1][0])
+            assert pair[0][1] == pair[1][1]  # the data iterator's state
+    # The window of steps 3 to 6 of the resumed run holds what the uninterrupted one had in 4 to 6.
+    files = {name: event_values(path / "photos") for name, path in (("first", workdir), ("again", tmp_path / "run"))}
+    assert files["again"][6, "loss"].simple_value == pytest.approx(files["first"][6, "loss"].simple_value, rel=1e-6)
+
+
+def test_a_finished_run_has_nothing_to_do(finished, corpus, tmp_path, capsys):
+    workdir, state, _ = finished
+    shutil.copytree(workdir, tmp_path / "run")
+    config = make_config(corpus, allow_changed=("log",))
+    assert_identical(loop.train(config, tmp_path / "run"), state)
+    assert "compiled" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"optimizer.learning_rate": 0.5}, ConfigChanged, r"optimizer\.learning_rate was 0\.001, is 0\.5"),
+        ({"model.transformer.num_layers": 3}, ConfigChanged, r"model\.transformer\.num_layers was 2, is 3"),
+        (
+            {"model.transformer.num_layers": 3, "allow_changed": ("log", "model")},
+            ValueError,
+            r"blocks.*\[2, .*expected .*\[3, ",
+        ),
+        ({"seed": 5, "allow_changed": ("log", "seed", "data")}, ValueError, "data state was saved with seed"),
+        ({"resume_step": 3}, FileNotFoundError, "no step 3; there are 2, 4, 6"),
+        ({"model.transformer.mask_token_id": 5}, ValueError, "mask_token_id is 5, but the tokenizer masks with id 63"),
+        ({"model.transformer.vocab_size": 70}, ValueError, "vocab_size"),
+    ],
+)
+def test_a_resume_that_would_not_continue_the_run_is_refused(finished, corpus, tmp_path, changes, error, message):
+    shutil.copytree(finished[0], tmp_path / "run")
+    with pytest.raises(error, match=message):
+        loop.train(make_config(corpus, **{"allow_changed": ("log",)} | changes), tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(corpus, tmp_path, monkeypatch):
+    def make_failing_step(*_, **__):
+        def step(state, frozen, batch, key):
+            finite = jnp.where(state.step < 4, 1.0, jnp.nan)
+            params = jax.tree.map(lambda x: x * finite, state.params)
+            return state.replace(step=state.step + 1, params=params), {"loss": finite, "image": jnp.float32(2)}
+
+        return step
+
+    monkeypatch.setattr(loop, "make_train_step", make_failing_step)
+    with pytest.raises(NonFiniteLoss, match=r"step 5 \((draw|recolour)\): loss=nan"):
+        loop.train(make_config(corpus), tmp_path)
+    with Checkpoints(tmp_path / "photos" / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.all_steps() == [2, 4]
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(checkpoints.restore_params()))

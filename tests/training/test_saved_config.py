@@ -1,0 +1,73 @@
+"""Comparing a resumed run's config with the saved one."""
+
+import json
+
+import ml_collections
+import pytest
+
+from unialign_jax.training.saved_config import ConfigChanged, as_json, check_unchanged, differences, library_versions
+
+
+def make_config(**changes):
+    config = ml_collections.ConfigDict(
+        {
+            "steps": 100,
+            "optimizer": {"learning_rate": 1e-4, "betas": (0.9, 0.99)},
+            "init": {"checkpoint": ml_collections.config_dict.placeholder(str)},
+            "allow_changed": (),
+            "resume_step": ml_collections.config_dict.placeholder(int),
+        }
+    ).lock()
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def test_json_round_trip_compares_equal():
+    config = as_json(make_config())
+    assert config["optimizer"]["betas"] == [0.9, 0.99]
+    assert config["init"]["checkpoint"] is None
+    assert differences(json.loads(json.dumps(config)), config) == {}
+
+
+def test_each_difference_is_shown_and_refused():
+    changed = as_json(make_config(**{"steps": 200, "optimizer.learning_rate": 3e-5, "init.checkpoint": "dir"}))
+    with pytest.raises(ConfigChanged) as error:
+        check_unchanged(as_json(make_config()), changed, ())
+    for part in (
+        "steps was 100, is 200",
+        "optimizer.learning_rate was 0.0001, is 3e-05",
+        "init.checkpoint was None, is 'dir'",
+        "--config.allow_changed=init.checkpoint,optimizer.learning_rate,steps",
+    ):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("allowed", [("steps", "optimizer"), ("steps,optimizer.learning_rate",)])
+def test_allowed_keys_pass_and_are_returned(allowed):
+    changed = as_json(make_config(**{"steps": 200, "optimizer.learning_rate": 3e-5}))
+    found = check_unchanged(as_json(make_config()), changed, allowed)
+    assert found == {"steps": (100, 200), "optimizer.learning_rate": (1e-4, 3e-5)}
+
+
+def test_a_key_allows_what_is_below_it_but_not_its_namesakes():
+    saved = {"data": {"path": "a"}, "data_seed": 1, "other": {"data": 1}}
+    with pytest.raises(ConfigChanged) as error:
+        check_unchanged(saved, {"data": {"path": "b"}, "data_seed": 2, "other": {"data": 2}}, ("data",))
+    assert "data_seed was 1" in str(error.value) and "other.data was 1" in str(error.value)
+    assert "data.path was" not in str(error.value)
+
+
+def test_keys_that_exist_on_one_side_only():
+    assert differences({"a": {"b": 1, "c": {"d": 2}}}, {"a": {"b": 1}, "e": {}}) == {
+        "a.c.d": (2, None),
+        "e": (None, {}),
+    }
+
+
+def test_how_to_resume_is_no_difference():
+    changed = as_json(make_config(**{"resume_step": 5, "allow_changed": ("steps",)}))
+    assert check_unchanged(as_json(make_config()), changed, ()) == {}
+
+
+def test_versions_are_recorded():
+    assert library_versions()["jax"].count(".") >= 2

@@ -1,0 +1,85 @@
+"""What all commands share: an error that a user can mend is one line on standard error and exit code 1."""
+
+import logging
+import re
+import sys
+from collections.abc import Callable
+
+from absl import app, flags
+from absl import logging as absl_logging
+
+_TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code an error arose, not only what it says.")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs an absl program whose flags are already defined; does not return.
+
+    Wrong flags and config overrides, missing or unreadable files, and every `ValueError` that this package raises
+    become one line and exit code 1. All other exceptions are defects of the program and keep their traceback.
+
+    Args:
+      main: called without arguments; an argument that is no flag is refused.
+    """
+
+    def guarded(arguments: list[str]) -> None:
+        if len(arguments) > 1:
+            _exit(f"unexpected argument {arguments[1]!r}; every option is given as --name=value")
+        try:
+            main()
+        except (ValueError, OSError) as error:
+            if _TRACEBACK.value or not (isinstance(error, OSError) or _raised_by_us(error)):
+                raise
+            _exit(_message(error))
+
+    app.run(guarded, flags_parser=_parse)
+
+
+def _parse(arguments: list[str]) -> list[str]:
+    try:
+        positional = flags.FLAGS(arguments)
+        if flags.FLAGS["verbosity"].using_default_value:
+            flags.FLAGS.verbosity = absl_logging.WARNING  # Orbax tells of every file it touches; --verbosity=0 shows it
+        return positional
+    except (flags.Error, OSError) as error:
+        _exit(_message(error))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        _exit(_wrong_override(str(error), arguments))
+
+
+def _message(error: Exception) -> str:
+    text = str(error)
+    missing = re.search(r"Failed loading config file.*No such file or directory: '([^']*)'", text, re.DOTALL)
+    if missing:
+        return f"config file {missing.group(1)!r} does not exist"
+    # The error of a config file that raises holds its whole traceback; the last line of that says what is wrong.
+    if "Traceback (most recent call last)" in text:
+        return next(line for line in reversed(text.splitlines()) if line.strip())
+    return text
+
+
+def _wrong_override(message: str, arguments: list[str]) -> str:
+    """ml_collections names the part of a dotted key that it did not find; the user typed the whole flag."""
+    message = " ".join(message.replace("\\n", " ").replace("\\'", "'").strip("\"'").split())
+    key = re.match(r"(\w+)", message)
+    typed = [a for a in arguments if key and key.group(1) in a.split("=")[0].lstrip("-").split(".")]
+    hint = re.search(r'Did you mean "(\w+)"', message)
+    if not typed:
+        return message
+    return f"{typed[0]}: the config has no key {key.group(1)!r}" + (
+        f"; did you mean {hint.group(1)!r}?" if hint else ""
+    )
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    return module == "__main__" or module.split(".")[0] == __package__
+
+
+def _exit(message: str) -> None:
+    # Orbax reads concurrently; after the first failure asyncio remarks on the tasks that were dropped.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(1)

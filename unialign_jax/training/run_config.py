@@ -1,0 +1,197 @@
+"""What one training stage is, typed: the dataclasses that a config file's `ConfigDict` must fit, key by key."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from unialign_jax.data.pipeline import DataConfig, SourceConfig
+from unialign_jax.objectives import Objective
+from unialign_jax.state import OptimizerConfig
+
+NETWORKS = ("transformer", "text_encoder", "autoencoder", "teacher")
+# Not configured: the first two follow from the tokenizer.
+_OBJECTIVE_FROM_TOKENIZER = ("mask_token_id", "end_token_id")
+
+
+class ConfigError(ValueError):
+    """A config with an unknown or missing key, or a value of the wrong type. The message names the key."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Where token ids come from: exactly one of the two.
+
+    Attributes:
+      path: directory of a saved tokenizer.
+      learn_vocab_size: learn one of this size from the captions of the data, once, at the start of the run.
+    """
+
+    path: str | None = None
+    learn_vocab_size: int | None = None
+
+    def __post_init__(self):
+        if (self.path is None) == (self.learn_vocab_size is None):
+            raise ValueError("set exactly one of path and learn_vocab_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """How often the run speaks, in steps.
+
+    Attributes:
+      every: a line on the console and a point in TensorBoard.
+      samples_every: a grid of sampled images and captions; 0 samples nothing.
+      sample_count: how many training samples the grid is made for.
+      sample_steps: network evaluations per image and per caption.
+      guidance: of the sampled images.
+    """
+
+    every: int = 20
+    samples_every: int = 0
+    sample_count: int = 8
+    sample_steps: int = 28
+    guidance: float = 7.0
+
+    def __post_init__(self):
+        if self.every < 1 or self.samples_every < 0:
+            raise ValueError(
+                f"every is {self.every}, expected 1 or more; samples_every {self.samples_every}, 0 or more"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are saved, and which stay. The last step is always saved.
+
+    Attributes:
+      every: steps between two.
+      keep: how many of the newest stay.
+      keep_period: multiples of this stay for good; None: none do.
+    """
+
+    every: int = 1000
+    keep: int = 3
+    keep_period: int | None = None
+
+    def __post_init__(self):
+        if self.every < 1 or self.keep < 1:
+            raise ValueError(f"every is {self.every} and keep is {self.keep}, expected 1 or more of each")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One training stage.
+
+    Attributes:
+      stage: its name; also the sub-directory of the working directory.
+      seed: of initialisation and of every draw of the losses.
+      steps: updates in all.
+      model: the networks, as `networks.build_networks` takes them.
+      data: what is trained on; its sources are named, and terms of the loss are reported by these names too.
+      source_names: the names, in the order of `data.sources`.
+      objective, optimizer: see their classes; the mask and end tokens follow from the tokenizer.
+      tokenizer: of the text encoder.
+      teacher_tokenizer: directory of the teacher's; None: the teacher reads the text encoder's ids.
+      trained: which networks are trained, of `NETWORKS`; the rest is frozen.
+      init: directory of a converted checkpoint to start from; None: random.
+      micro_batches: parts in which a batch is worked off, see `training.step`.
+      dtype: compute dtype, "bfloat16" or "float32".
+      remat: what the backward pass recomputes, see `models.unialign.REMAT_POLICIES`.
+      log, checkpoint: when to write.
+      resume_step: go back to this step; None: go on from the newest, if there is one.
+      allow_changed: config keys that may differ from those of the run that is resumed.
+    """
+
+    stage: str
+    seed: int
+    steps: int
+    model: Mapping[str, Any]
+    data: DataConfig
+    source_names: tuple[str, ...]
+    objective: Objective
+    optimizer: OptimizerConfig
+    tokenizer: TokenizerConfig
+    teacher_tokenizer: str | None = None
+    trained: tuple[str, ...] = ("transformer",)
+    init: str | None = None
+    micro_batches: int = 1
+    dtype: str = "bfloat16"
+    remat: str = "none"
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    resume_step: int | None = None
+    allow_changed: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}, expected 1 or more")
+        if not self.trained or set(self.trained) - set(NETWORKS):
+            raise ValueError(f"trained is {self.trained}, expected one or more of {', '.join(NETWORKS)}")
+
+
+def read(config: Any) -> RunConfig:
+    """Checks a `ConfigDict`, as a config file returns it, against the dataclasses.
+
+    Raises:
+      ConfigError: an unknown key, a missing one, a wrong type or a value out of its range; the message names the key.
+    """
+    fields = config.to_dict()
+    fixed = [f"objective.{key}" for key in _OBJECTIVE_FROM_TOKENIZER if key in fields.get("objective", {})]
+    if fixed or "source_names" in fields:
+        raise ConfigError(f"{(fixed or ['source_names'])[0]}: not a key of the config, it follows from other keys")
+    if isinstance(fields.get("data"), Mapping) and isinstance(fields["data"].get("sources"), Mapping):
+        sources = fields["data"]["sources"]
+        named = {name: _build(SourceConfig, source, f"data.sources.{name}") for name, source in sources.items()}
+        fields["data"] = {**fields["data"], "sources": tuple(named.values())}
+        fields["source_names"] = tuple(named)
+    else:
+        raise ConfigError("data.sources: expected one section per source, by name")
+    return _build(RunConfig, fields, "")
+
+
+def _build(kind: type, fields: Any, name: str) -> Any:
+    if isinstance(fields, kind):
+        return fields
+    if not isinstance(fields, Mapping):
+        raise ConfigError(f"{name}: expected a section, found {fields!r}")
+    prefix = f"{name}." if name else ""
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    for key in fields:
+        if key not in known:
+            raise ConfigError(f"{prefix}{key}: unknown key; known are {', '.join(sorted(known))}")
+    for key, field in known.items():
+        optional = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+        if key not in fields and not optional:
+            raise ConfigError(f"{prefix}{key}: missing")
+    hints = typing.get_type_hints(kind)
+    values = {key: _convert(hints[key], value, prefix + key) for key, value in fields.items()}
+    try:
+        return kind(**values)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}" if name else str(error)) from error
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    """The value if it fits the type hint; an int fits a float."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    hint = next(option for option in options if option is not type(None))
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, name)
+    origin = typing.get_origin(hint) or hint
+    if origin is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    wrong_bool = isinstance(value, bool) and origin is not bool
+    if not isinstance(value, origin) or wrong_bool:
+        if value is None:
+            raise ConfigError(f"{name}: not set; give it with --config.{name}=…")
+        raise ConfigError(f"{name}: expected {origin.__name__}, found {value!r}")
+    if origin is tuple:
+        element = typing.get_args(hint)[0]
+        return tuple(_convert(element, part, f"{name}[{index}]") for index, part in enumerate(value))
+    return value

@@ -1,0 +1,48 @@
+"""What a model in training makes of a few samples: images beside their targets, captions beside the true ones."""
+
+import numpy as np
+
+from unialign_jax.data.tokenizer import Tokenizer
+from unialign_jax.networks import Networks, Params
+from unialign_jax.pipeline import UniAlignPipeline
+from unialign_jax.training.run_config import LogConfig
+from unialign_jax.training.writers import image_grid
+
+
+def sample_grid(
+    networks: Networks, params: Params, tokenizer: Tokenizer, batch: dict[str, np.ndarray], settings: LogConfig
+) -> tuple[np.ndarray, str]:
+    """Samples an image for each instruction and a caption for each target of a host batch.
+
+    Args:
+      networks, params: the model; parameters of all networks by name.
+      tokenizer: of the text encoder.
+      batch: as `data.pipeline.Batches` gives it, with or without references.
+      settings: `sample_steps` and `guidance` are read.
+
+    Returns:
+      A grid of rows `[references | target | sampled image]`, uint8 `[height, width, 3]`, and a Markdown table of the
+      true and the sampled captions.
+    """
+    count, height, width, _ = batch["target"].shape
+    pipeline = UniAlignPipeline(
+        networks, params, tokenizer, text_length=batch["caption_ids"].shape[1], size=(height, width)
+    )
+    prompts = [tokenizer.decode(ids) for ids in batch["instruction_ids"]]
+    # Training drops the condition by replacing it with " ", so this is the negative prompt that any model knows.
+    options = {"steps": settings.sample_steps, "guidance": settings.guidance, "negative_prompt": " "}
+    columns = [batch["target"]]
+    if "references" in batch:
+        pairs = zip(batch["references"], batch["reference_mask"], strict=True)
+        made = pipeline.compose([list(images[there]) for images, there in pairs], prompts, **options)
+        columns = [*batch["references"].swapaxes(0, 1), *columns]
+    else:
+        made = pipeline.generate(prompts, **options)
+    columns.append(np.stack([np.asarray(image) for image in made]))
+    rows = np.stack(columns, axis=1).reshape(count * len(columns), height, width, 3)
+
+    captions = pipeline.caption(list(batch["target"]), steps=settings.sample_steps)
+    lines = ["| true | sampled |", "| --- | --- |"]
+    for ids, caption in zip(batch["caption_ids"], captions, strict=True):
+        lines.append("| " + " | ".join(text.replace("|", "/") for text in (tokenizer.decode(ids), caption)) + " |")
+    return image_grid(rows, columns=len(columns)), "\n".join(lines)

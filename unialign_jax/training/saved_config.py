@@ -1,0 +1,69 @@
+"""A run's config once it is written down: saved in every checkpoint, and compared with the current one on resume."""
+
+import importlib.metadata
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+# They say how to resume, not what is being trained.
+_ABOUT_RESUMING = ("allow_changed", "resume_step")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class ConfigChanged(ValueError):
+    """The config of a resumed run differs from the one it was started with."""
+
+
+def as_json(config: Any) -> dict[str, Any]:
+    """A `ConfigDict` as plain JSON values: tuples become lists, unset placeholders None."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what a run's numbers depend on."""
+    return {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (saved, current) for every value that differs; a key absent on one side is None there."""
+    found = {}
+    for key in sorted(saved.keys() | current.keys()):
+        old, new = saved.get(key), current.get(key)
+        if isinstance(old, Mapping) or isinstance(new, Mapping):
+            nested = [side if isinstance(side, Mapping) else {} for side in (old, new)]
+            if nested[0] or nested[1]:
+                found |= differences(*nested, prefix=f"{prefix}{key}.")
+                continue
+        if old != new:
+            found[prefix + key] = (old, new)
+    return found
+
+
+def check_unchanged(saved: Mapping[str, Any], current: Mapping[str, Any], allowed: Iterable[str]) -> dict[str, tuple]:
+    """Refuses a resume whose config differs from the saved one in a key that was not allowed to change.
+
+    Args:
+      saved, current: results of `as_json`.
+      allowed: dotted keys that may differ; a key allows all that is below it.
+
+    Returns:
+      The differences that were allowed, as in `differences`.
+
+    Raises:
+      ConfigChanged: listing key, saved and current value of every other difference, and how to allow them.
+    """
+    permitted = {part.strip() for entry in allowed for part in entry.split(",") if part.strip()}
+
+    def is_permitted(key: str) -> bool:
+        parts = key.split(".")
+        return any(".".join(parts[: n + 1]) in permitted for n in range(len(parts)))
+
+    found = {key: pair for key, pair in differences(saved, current).items() if key not in _ABOUT_RESUMING}
+    refused = {key: pair for key, pair in found.items() if not is_permitted(key)}
+    if refused:
+        shown = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in refused.items())
+        raise ConfigChanged(
+            f"the config differs from the one this run was saved with: {shown}. Restore these values, use another "
+            f"--workdir, or allow the change with --config.allow_changed={','.join(refused)}"
+        )
+    return found
