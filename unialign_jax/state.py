@@ -10,8 +10,9 @@ import optax
 
 Params = Any
 
-# The published training never feeds this parameter, and its optimizer skips (does not decay) what has no gradient.
-UNTRAINED = ("null_image_tokens",)
+# Parameters without a gradient, which weight decay leaves alone as well: the fixed position features, and the null
+# tokens, which the published training never feeds.
+UNTRAINED = ("positions", "null_image_tokens")
 
 
 @flax.struct.dataclass
@@ -106,5 +107,6 @@ def apply_gradients(state: TrainState, grads: Params, config: OptimizerConfig) -
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema is not None:
-        ema = optax.incremental_update(params, ema, 1 - config.ema_rate)
+        # In this form a parameter that does not move leaves its average exactly where it is.
+        ema = jax.tree.map(lambda average, new: average + (1 - config.ema_rate) * (new - average), ema, params)
     return TrainState(state.step + 1, params, opt_state, ema)

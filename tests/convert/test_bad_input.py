@@ -60,9 +60,9 @@ def test_blocks_of_one_kind_in_two_dtypes(pipeline, refused, edit_weights):
     refused(pipeline, "transformer_blocks.{}.attn.to_q.weight is stored in several dtypes (float16, float32)")
 
 
-def test_another_position_table(pipeline, refused, edit_weights):
-    edit_weights(pipeline / "transformer", lambda t: t["pos_embed.pos_embed"][0, 5, 7].add_(1e-3))
-    refused(pipeline, "pos_embed.pos_embed differs by up to 0.001", "pos_embed_max_size 24")
+def test_position_table_that_is_none(pipeline, refused, edit_weights):
+    edit_weights(pipeline / "transformer", lambda t: t["pos_embed.pos_embed"][0, 30, 7].add_(1e-3))
+    refused(pipeline, "pos_embed.pos_embed is no table of two coordinates", "1 of 36864 values differ")
 
 
 def test_position_table_of_another_size(pipeline, refused, edit_json):

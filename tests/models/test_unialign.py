@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unialign_jax.models.unialign import REMAT_POLICIES, TransformerConfig, UniAlign, position_table, time_features
+from unialign_jax.models.unialign import REMAT_POLICIES, TransformerConfig, UniAlign, axis_positions, time_features
 
 TINY = TransformerConfig(
     sample_size=8,
@@ -79,11 +79,14 @@ def test_forward_matches_recorded(name, case, transformer):
         np.testing.assert_allclose(getattr(out, field), recorded[field], atol=2e-5, rtol=0, err_msg=field)
 
 
-def test_position_table_is_the_public_one(golden, transformer):
+def test_new_positions_are_the_public_table(golden, transformer):
     from safetensors.numpy import load_file
 
     public = load_file(golden / "transformer" / "diffusion_pytorch_model.safetensors")["pos_embed.pos_embed"]
-    np.testing.assert_array_equal(position_table(transformer[0].config), public)
+    axis, size = axis_positions(transformer[0].config), transformer[0].config.pos_embed_max_size
+    columns, rows = np.split(public.reshape(size, size, -1), 2, axis=2)
+    np.testing.assert_array_equal(columns, np.broadcast_to(axis[None], columns.shape))
+    np.testing.assert_array_equal(rows, np.broadcast_to(axis[:, None], rows.shape))
 
 
 @pytest.mark.parametrize("present", [0, 1, 2])

@@ -144,7 +144,8 @@ def test_only_the_trained_networks_change(trained):
     assert set(state.params) == set(trained)
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), state.params, params)
     still = {jax.tree_util.keystr(p) for p, x in jax.tree.leaves_with_path(moved) if not x}
-    assert still == {"['transformer']['null_image_tokens']"}  # unused in training: neither trained nor decayed
+    # Fixed, and unused in training: neither trained nor decayed.
+    assert still == {"['transformer']['null_image_tokens']", "['transformer']['positions']"}
 
 
 def test_update_is_torchs_adamw_with_clipping():

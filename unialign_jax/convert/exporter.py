@@ -14,7 +14,6 @@ from unialign_jax.convert.errors import ConversionError
 from unialign_jax.convert.importer import Report
 from unialign_jax.convert.names import Row
 from unialign_jax.convert.tensors import MadeTensor, Tensor
-from unialign_jax.models.unialign import TransformerConfig, position_table
 
 _LOGGER = logging.getLogger(__name__)
 SHARD_SIZE = 5 * 10**9
@@ -173,13 +172,7 @@ def _tensors(network: str, fields: Mapping[str, Any], leaves: Mapping[str, Leaf]
     for row in names.table(network, fields):
         for layer, name in enumerate(row.names):
             parts.setdefault(name, []).append((row, layer if row.layers else ...))
-    result = {name: _tensor(sorted(rows, key=lambda r: r[0].part), leaves) for name, rows in parts.items()}
-    if network == "transformer":
-        config = TransformerConfig(**fields)
-        shape = (1, config.pos_embed_max_size**2, config.width)
-        dtype = np.dtype(leaves["patch_embed/kernel"].dtype)
-        result[names.POSITION_TABLE] = MadeTensor(shape, dtype, lambda start, stop: position_table(config)[start:stop])
-    return result
+    return {name: _tensor(sorted(rows, key=lambda r: r[0].part), leaves) for name, rows in parts.items()}
 
 
 def _tensor(rows: list[tuple[Row, Any]], leaves: Mapping[str, Leaf]) -> Tensor:

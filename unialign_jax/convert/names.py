@@ -51,6 +51,16 @@ FLAT_PATCH = Layout(
 )
 
 
+# A table of both coordinates' features -> those of one: [1, n * n, D] -> [n, D / 2].
+TABLE = Layout(
+    lambda s: (math.isqrt(s[1]), s[2] // 2),
+    lambda a: a[0, : math.isqrt(a.shape[1]), : a.shape[2] // 2],
+    lambda a, s: np.concatenate(
+        [np.broadcast_to(x, (len(a), *a.shape)) for x in (a[None], a[:, None])], axis=2
+    ).reshape(s),
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One leaf of our tree and where its numbers are in a PyTorch file.
@@ -96,8 +106,7 @@ def table(network: str, config: Mapping[str, Any]) -> tuple[Row, ...]:
       config: the fields of the network's config dataclass.
 
     Returns:
-      One row per leaf of our tree. Tensors that are computed (`pos_embed.pos_embed`) or that repeat another
-      (`ALIASES`) are in no row.
+      One row per leaf of our tree. Tensors that repeat another (`ALIASES`) are in no row.
     """
     return _TABLES[network](config)
 
@@ -107,7 +116,7 @@ def torch_shapes(rows: tuple[Row, ...]) -> dict[str, tuple[int, ...]]:
     return {name: row.shape for row in rows for name in row.names}
 
 
-# The computed position table, stored in public transformer checkpoints as a buffer.
+# The fixed position table, stored in public transformer checkpoints as a buffer.
 POSITION_TABLE = "pos_embed.pos_embed"
 # Tensors that repeat another one of the same file.
 ALIASES = {"text_encoder": {"encoder.embed_tokens.weight": "shared.weight"}}
@@ -136,6 +145,7 @@ def _transformer(config: Mapping[str, Any]) -> tuple[Row, ...]:
     block, time = "transformer_blocks.{}", "time_text_embed.timestep_embedder"
     rows = [
         Row("null_image_embd", "null_image_tokens", (1, 8, width), FIRST),
+        Row(POSITION_TABLE, "positions", (1, config["pos_embed_max_size"] ** 2, width), TABLE),
         Row("pos_embed.proj.weight", "patch_embed/kernel", (width, channels, patch, patch), PATCH),
         Row("pos_embed.proj.bias", "patch_embed/bias", (width,)),
         *_linear(f"{time}.linear_1", "time_embed/up", width, 256),

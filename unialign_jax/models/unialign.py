@@ -94,36 +94,28 @@ class Outputs(NamedTuple):
     text_semantic: jax.Array | None
 
 
-def _axis_features(config: TransformerConfig) -> np.ndarray:
-    """Sines then cosines of one coordinate of the position table, float64 `[pos_embed_max_size, D / 2]`."""
+def axis_positions(config: TransformerConfig) -> np.ndarray:
+    """Sines then cosines of one coordinate of the fixed 2-D position table, float32 `[pos_embed_max_size, D / 2]`.
+
+    The whole table, `[max, max, D]`, has the width coordinate's features in its first half and the height
+    coordinate's in the rest (diffusers' `PatchEmbed`). A new model starts from this; a public checkpoint brings its
+    own.
+    """
     size, base = config.pos_embed_max_size, config.sample_size // config.patch_size
     quarter = config.width // 4
     # The coordinate is rounded to float32, as the public tables are; all else is float64.
     coordinate = (np.arange(size, dtype=np.float32) / (size / base)).astype(np.float64)
     angles = np.outer(coordinate, 1.0 / 10000 ** (np.arange(quarter, dtype=np.float64) / quarter))
-    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
 
 
-def position_table(config: TransformerConfig) -> np.ndarray:
-    """The whole fixed 2-D sin-cos table, float32 `[1, max * max, D]`, row-major, as public checkpoints store it.
-
-    The width coordinate fills the first D/2 columns, the height coordinate the rest (diffusers' `PatchEmbed`).
-    """
-    features, size = _axis_features(config).astype(np.float32), config.pos_embed_max_size
-    shape = (size, size, features.shape[1])
-    columns, rows = np.broadcast_to(features[None], shape), np.broadcast_to(features[:, None], shape)
-    return np.concatenate([columns, rows], axis=2).reshape(1, size * size, config.width)
-
-
-def _positions(config: TransformerConfig, height: int, width: int) -> jax.Array:
-    """The table's centre crop for a grid, float32 `[height * width, D]`, put together on the device from two lines."""
-    size = config.pos_embed_max_size
-    features = _axis_features(config).astype(np.float32)
-    top, left = (size - height) // 2, (size - width) // 2
-    shape = (height, width, features.shape[1])
-    columns = jnp.broadcast_to(features[left : left + width][None], shape)
-    rows = jnp.broadcast_to(features[top : top + height][:, None], shape)
-    return jnp.concatenate([columns, rows], axis=2).reshape(height * width, config.width)
+def _positions(axis: jax.Array, height: int, width: int) -> jax.Array:
+    """The table's centre crop for a grid, `[height * width, D]`, put together from `axis [max, D / 2]`."""
+    top, left = ((axis.shape[0] - extent) // 2 for extent in (height, width))
+    shape = (height, width, axis.shape[1])
+    columns = jnp.broadcast_to(axis[left : left + width][None], shape)
+    rows = jnp.broadcast_to(axis[top : top + height][:, None], shape)
+    return jnp.concatenate([columns, rows], axis=2).reshape(height * width, -1)
 
 
 def check_latent_size(config: TransformerConfig, height: int, width: int) -> None:
@@ -363,6 +355,11 @@ class UniAlign(nn.Module):
             (NUM_NULL_TOKENS, config.width),
             jnp.float32,
         )
+        # Fixed, yet kept with the parameters: public checkpoints store the table, and theirs is the one to use.
+        positions = self.param(
+            "positions",
+            nn.with_logical_partitioning(lambda key: jnp.asarray(axis_positions(config)), (None, None)),
+        )
         if latents is None:
             if references is not None:
                 raise ValueError("references need a target image: pass latents, or leave references out")
@@ -380,7 +377,7 @@ class UniAlign(nn.Module):
         patches = _patchify(images, config.patch_size)
         tokens = Dense(config.width, (None, "embed"), dtype=self.dtype, name="patch_embed")(patches)
         grid = (latents.shape[1] // config.patch_size, latents.shape[2] // config.patch_size)
-        tokens = (tokens + _positions(config, *grid)).astype(self.dtype)
+        tokens = (tokens + _positions(jax.lax.stop_gradient(positions), *grid)).astype(self.dtype)
         return constrain(tokens.reshape(batch, -1, config.width), "batch", "sequence", None), patches.shape[2]
 
 
