@@ -1,13 +1,14 @@
 """Models from directories: a run's stage, one of its steps, or a converted directory, all read the same way."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from etils import epath
+from flax import traverse_util
 
 from unialign_jax.checkpoints import Checkpoints
 from unialign_jax.convert import store
@@ -76,34 +77,41 @@ def load(
     )
 
 
-def initial_params(networks: Networks, key: jax.Array, names: Iterable[str], source: str | None) -> dict[str, Any]:
+def initial_params(networks: Networks, key: jax.Array, shardings: Mapping[str, Any], source: str | None) -> Any:
     """What training starts from, float32: parameters of the named networks, random or read from a directory.
+
+    Each device makes or reads its own part; no host or device holds the whole.
 
     Args:
       networks: what they are for.
       key: of the random ones; the same key gives the same parameters for any choice of names.
-      names: of `networks.init`'s keys.
+      shardings: by name of the networks (`networks.init`'s keys) trees of shardings, or one sharding for all leaves.
       source: a converted directory, or None: random.
 
     Raises:
       ValueError: the directory's networks are not those of `networks`.
     """
-    abstract = jax.eval_shape(networks.init, key)
+    abstract = jax.eval_shape(networks.init, jax.random.key(0))
     if source is None:
-        return jax.jit(lambda key: {name: networks.init(key)[name] for name in names})(key)
-    params = {}
+
+        def init(key):
+            params = networks.init(key)
+            return {name: params[name] for name in shardings}
+
+        return jax.jit(init, out_shardings=dict(shardings))(key)
+    # The pixel codec has no parameters, and then there is nothing to read.
+    names = [name for name in shardings if abstract[name]]
     for name in names:
-        # The pixel codec has no parameters, and then there is nothing to read.
-        params[name] = _restore(epath.Path(source), name, jnp.float32) if abstract[name] else {}
-        differ = _differences(params[name], abstract[name])
-        if differ:
+        found = traverse_util.unflatten_dict(store.open_network(source, name), sep="/")
+        if differ := _differences(found, abstract[name]):
             raise ValueError(f"{source}: its {name} is not the config's: {'; '.join(differ[:10])}")
-    return params
+    read = {name: store.restore_network(source, name, jnp.float32, shardings[name]) for name in names}
+    return {name: read.get(name, {}) for name in shardings}
 
 
 def _differences(found: Any, wanted: Any) -> list[str]:
     shapes = [
-        {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
+        {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in jax.tree.leaves_with_path(tree)}
         for tree in (found, wanted)
     ]
     return [
@@ -113,16 +121,15 @@ def _differences(found: Any, wanted: Any) -> list[str]:
     ]
 
 
-def _restore(directory: epath.Path, network: str, dtype: Any) -> Any:
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return store.restore_network(directory, network, dtype=dtype, shardings=sharding)
+def _first_device() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def _load_converted(path: epath.Path, dtype: str, param_dtype: Any) -> Model:
     description = store.read_config(path)
     networks = build_networks(dict(description) | {"teacher": None}, dtype=dtype)
     names = [name for name in SAMPLED if description.get(name)]
-    params = {name: _restore(path, name, param_dtype) for name in names}
+    params = {name: store.restore_network(path, name, param_dtype, _first_device()) for name in names}
     params.setdefault("autoencoder", {})
     limit = PUBLISHED_IMAGE_SIZE
     side = min(limit, networks.transformer.config.sample_size * networks.codec.downsample)
@@ -144,7 +151,8 @@ def _load_run(stage: epath.Path, step: int | None, dtype: str, param_dtype: Any,
         trained = checkpoints.restore_params(which="ema" if average else "params", step=step)
     networks = build_networks(config["model"] | {"teacher": None}, dtype=dtype)
     init_key, _ = jax.random.split(jax.random.key(config["seed"]))
-    frozen = initial_params(networks, init_key, [n for n in SAMPLED if n not in trained], config["init"])
+    rest = {name: _first_device() for name in SAMPLED if name not in trained}
+    frozen = initial_params(networks, init_key, rest, config["init"])
     params = {name: trained.get(name, frozen.get(name)) for name in SAMPLED}
     data = config["data"]
     return Model(

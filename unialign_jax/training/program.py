@@ -4,12 +4,15 @@ Everything here is abstract (shapes, dtypes, shardings), so the mesh may be of d
 runs exactly what the ahead-of-time compiler judges and the benchmark times, because all take it from here.
 """
 
+import bisect
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -32,7 +35,6 @@ class Program:
     Args:
       run: what is trained.
       mesh: where, see `parallel.make_mesh`.
-      end_token_id: id that pads texts, of the run's tokenizer.
 
     Attributes:
       run, mesh: as given.
@@ -45,7 +47,7 @@ class Program:
         has been compiled or allocated by then.
     """
 
-    def __init__(self, run: RunConfig, mesh: Mesh, *, end_token_id: int = 1):
+    def __init__(self, run: RunConfig, mesh: Mesh):
         self.run, self.mesh = run, mesh
         self.networks = build_networks(run.model, dtype=run.dtype, remat=run.remat, attention=run.attention)
         parallel.check_batch(mesh, run.data.global_batch, run.micro_batches)
@@ -57,12 +59,6 @@ class Program:
         self.state = self._abstract_state({name: params[name] for name in run.trained})
         self.frozen = {name: tree for name, tree in params.items() if name not in run.trained}
         self.key = self._whole(jax.eval_shape(jax.random.key, 0))
-        objective = dataclasses.replace(
-            run.objective,
-            mask_token_id=self.networks.transformer.config.mask_token_id,
-            end_token_id=end_token_id,
-        )
-        self._step = make_train_step(self.networks, objective, run.optimizer, micro_batches=run.micro_batches)
 
     def batch(self, source: SourceConfig) -> Batch:
         """The global batch of a source, abstract. Sources whose batches are equal share one compiled step."""
@@ -88,14 +84,46 @@ class Program:
             },
         )
 
-    def lower(self, source: SourceConfig) -> jax.stages.Lowered:
-        """The step for batches of a source, traced and ready to be compiled for the mesh's devices."""
+    def rows(self) -> tuple[int, ...]:
+        """Which rows of every global batch the devices of this process hold, ascending."""
+        held = parallel.batch_sharding(self.mesh).addressable_devices_indices_map((self.run.data.global_batch,))
+        return tuple(sorted({row for (part,) in held.values() for row in range(self.run.data.global_batch)[part]}))
+
+    def place(self, arrays: Mapping[str, np.ndarray], null_ids: jax.Array) -> Batch:
+        """The global batch, of which every process gives its part.
+
+        Args:
+          arrays: `rows()` of a batch, as `data.pipeline.Batches` gives them.
+          null_ids: int32 `[T]`, on all devices of the mesh.
+        """
+        rows, sharding = self.rows(), parallel.batch_sharding(self.mesh)
+
+        def whole(part: np.ndarray) -> jax.Array:
+            def of_device(index):
+                rows_of_device = range(self.run.data.global_batch)[index[0]]
+                first = bisect.bisect_left(rows, rows_of_device.start)
+                return part[first : first + len(rows_of_device)]
+
+            return jax.make_array_from_callback((self.run.data.global_batch, *part.shape[1:]), sharding, of_device)
+
+        return Batch(null_ids=null_ids, **{name: whole(part) for name, part in arrays.items()})
+
+    def lower(self, source: SourceConfig, *, end_token_id: int = 1) -> jax.stages.Lowered:
+        """The step for batches of a source, traced and ready to be compiled for the mesh's devices.
+
+        Args:
+          source: batches of which.
+          end_token_id: id that ends and pads texts, of the run's tokenizer.
+        """
+        mask_token_id = self.networks.transformer.config.mask_token_id
+        objective = dataclasses.replace(self.run.objective, mask_token_id=mask_token_id, end_token_id=end_token_id)
+        step = make_train_step(self.networks, objective, self.run.optimizer, micro_batches=self.run.micro_batches)
         arguments = (self.state, self.frozen, self.batch(source), self.key)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, arguments)
         outputs = (shardings[0], parallel.replicated(self.mesh))
-        step = jax.jit(self._step, in_shardings=shardings, out_shardings=outputs, donate_argnums=0)
+        jitted = jax.jit(step, in_shardings=shardings, out_shardings=outputs, donate_argnums=0)
         with jax.set_mesh(self.mesh):
-            return step.lower(*arguments)
+            return jitted.lower(*arguments)
 
     def model_flops(self, source: SourceConfig) -> int:
         """FLOPs that one step on a batch of a source needs, over all devices; see `flops.train_step_flops`."""

@@ -69,10 +69,13 @@ def make_train_step(
 
 
 def _split(batch: Batch, draws, parts: int):
-    """`(batch, draws)` with a leading axis of `parts`; the null text, which has no batch axis, is repeated."""
+    """`(batch, draws)` with a leading axis of `parts`; the null text, which has no batch axis, is repeated.
+
+    Part k holds every `parts`-th sample from k on, so that all devices have their share of each.
+    """
     size = batch.caption_ids.shape[0]
     if size % parts:
         raise ValueError(f"a batch of {size} cannot be split in {parts} equal micro-batches; change one of them")
     repeated = batch.replace(null_ids=jnp.broadcast_to(batch.null_ids, (size, *batch.null_ids.shape)))
-    split = jax.tree.map(lambda x: x.reshape(parts, size // parts, *x.shape[1:]), (repeated, draws))
+    split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(size // parts, parts, *x.shape[1:]), 0, 1), (repeated, draws))
     return split[0].replace(null_ids=split[0].null_ids[:, 0]), split[1]
