@@ -16,9 +16,9 @@ from etils import epath
 
 from unialign_jax.batch import Batch
 from unialign_jax.checkpoints import Checkpoints
-from unialign_jax.data.pipeline import Batches, make_batches, next_source
+from unialign_jax.data.pipeline import make_batches
 from unialign_jax.data.samples import Refused
-from unialign_jax.data.sources import JsonlSource
+from unialign_jax.data.sources import open_source
 from unialign_jax.data.tokenizer import PlainTokenizer, Tokenizer
 from unialign_jax.networks import Networks, Params, build_networks
 from unialign_jax.pretrained import initial_params
@@ -123,7 +123,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
         compiled: dict[Any, Any] = {}
         window, watch = DelayedMetrics(), Stopwatch()
         for step in range(start + 1, run.steps + 1):
-            source = _name_of_next(run, batches)
+            source = run.source_names[batches.next_source]
             with watch.waiting():
                 arrays = next(batches)
             batch = jax.device_put(Batch(null_ids=null_ids, **arrays), device)
@@ -180,7 +180,7 @@ def _make_tokenizer(run: RunConfig, directory: epath.Path, *, resuming: bool) ->
 def _texts(run: RunConfig):
     """All texts of the sources, for learning a tokenizer. Rows that can't be used are reported while training."""
     for source in run.data.sources:
-        rows = JsonlSource(source.path, source.task)
+        rows = open_source(source)
         for index in range(len(rows)):
             try:
                 sample = rows[index]
@@ -216,11 +216,6 @@ def _accept(meta: dict[str, Any], current: dict[str, Any], run: RunConfig) -> No
     changed = saved_config.check_unchanged(meta["config"], current, run.allow_changed)
     for key, (old, new) in changed.items():
         logging.warning("config key %s was %r and is now %r, as allowed", key, old, new)
-
-
-def _name_of_next(run: RunConfig, batches: Batches) -> str:
-    weights = [source.weight for source in run.data.sources]
-    return run.source_names[next_source(weights, batches.get_state()["drawn"])]
 
 
 def _step_flops(run: RunConfig, networks: Networks, batch: Batch) -> int:
