@@ -115,6 +115,7 @@ def get_config(stage: str = "unify") -> ml_collections.ConfigDict:
         "temperature": 0.07,
         "semantic_depth": 8,
         "text_dropout": 0.1,
+        "reference_dropout": 0.0,
         "pool_padding": True,
     }
     config.optimizer = {

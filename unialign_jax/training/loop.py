@@ -18,9 +18,9 @@ from etils import epath
 from unialign_jax import agreement, distributed, parallel, storage
 from unialign_jax.batch import Batch
 from unialign_jax.checkpoints import Checkpoints
-from unialign_jax.data.pipeline import make_batches, merge_states, next_source
+from unialign_jax.data.pipeline import make_batches, merge_states
 from unialign_jax.data.samples import Refused
-from unialign_jax.data.sources import JsonlSource
+from unialign_jax.data.sources import open_source
 from unialign_jax.data.tokenizer import PlainTokenizer, Tokenizer
 from unialign_jax.networks import Networks
 from unialign_jax.pretrained import initial_params
@@ -116,26 +116,25 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
         )
 
         # The loop. The host never waits for the step it has just queued, only for one some steps before.
-        weights = [source.weight for source in run.data.sources]
-        buckets = [program.batch(source) for source in run.data.sources]
         compiled: dict[Batch, Any] = {}
         window, watch = DelayedMetrics(), Stopwatch()
         stopping = False
         while step < run.steps and not stopping:
             step += 1
-            which = next_source(weights, batches.get_state()["drawn"])
-            source, name = run.data.sources[which], run.source_names[which]
+            source, name = run.data.sources[batches.next_source], run.source_names[batches.next_source]
             with watch.waiting():
                 arrays = next(batches)
             batch = program.place(arrays, null_ids)
-            if buckets[which] not in compiled:
+            size = arrays["target"].shape[1:3]
+            bucket = program.batch(source, size)
+            if bucket not in compiled:
                 with watch.paused():
                     begin = time.perf_counter()
-                    compiled[buckets[which]] = program.lower(source, end_token_id=tokenizer.end_id).compile()
+                    compiled[bucket] = program.lower(source, size, end_token_id=tokenizer.end_id).compile()
                     say(f"compiled the step for {name!r} in {time.perf_counter() - begin:.1f} s")
             with jax.transfer_guard("disallow"):
-                state, metrics = compiled[buckets[which]](state, frozen, batch, step_key)
-            window.push(step, name, metrics, run.data.global_batch, program.model_flops(source))
+                state, metrics = compiled[bucket](state, frozen, batch, step_key)
+            window.push(step, name, metrics, run.data.global_batch, program.model_flops(source, size))
 
             stopping = preemption.reached(step)
             last = step == run.steps
@@ -192,7 +191,7 @@ def _make_tokenizer(run: RunConfig, directory: epath.Path, *, resuming: bool) ->
 def _texts(run: RunConfig):
     """All texts of the sources, for learning a tokenizer. Rows that can't be used are reported while training."""
     for source in run.data.sources:
-        rows = JsonlSource(source.path, source.task)
+        rows = open_source(source)
         for index in range(len(rows)):
             try:
                 sample = rows[index]

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from unialign_jax import parallel
 from unialign_jax.batch import Batch
-from unialign_jax.data.pipeline import SourceConfig
+from unialign_jax.data.sources import SourceConfig
 from unialign_jax.networks import build_networks
 from unialign_jax.state import TrainState, create_state, make_optimizer
 from unialign_jax.training import flops
@@ -60,17 +60,23 @@ class Program:
         self.frozen = {name: tree for name, tree in params.items() if name not in run.trained}
         self.key = self._whole(jax.eval_shape(jax.random.key, 0))
 
-    def batch(self, source: SourceConfig) -> Batch:
-        """The global batch of a source, abstract. Sources whose batches are equal share one compiled step."""
+    def batch(self, source: SourceConfig, size: tuple[int, int] | None = None) -> Batch:
+        """The global batch of a source, abstract. Sources whose batches are equal share one compiled step.
+
+        Args:
+          source: whose batch.
+          size: height and width of its bucket, in pixels; None: those of the config.
+        """
         data = self.run.data
+        height, width = size or (data.height, data.width)
         shapes = {
-            "target": ((data.height, data.width, 3), jnp.uint8),
+            "target": ((height, width, 3), jnp.uint8),
             "caption_ids": ((data.text_length,), jnp.int32),
             "caption_loss_mask": ((data.text_length,), jnp.bool_),
             "instruction_ids": ((data.text_length,), jnp.int32),
         }
         if source.references:
-            shapes["references"] = ((source.references, data.height, data.width, 3), jnp.uint8)
+            shapes["references"] = ((source.references, height, width, 3), jnp.uint8)
             shapes["reference_mask"] = ((source.references,), jnp.bool_)
         if self.networks.teacher is not None:
             shapes["teacher_ids"] = ((data.teacher_length,), jnp.int32)
@@ -108,27 +114,29 @@ class Program:
 
         return Batch(null_ids=null_ids, **{name: whole(part) for name, part in arrays.items()})
 
-    def lower(self, source: SourceConfig, *, end_token_id: int = 1) -> jax.stages.Lowered:
+    def lower(
+        self, source: SourceConfig, size: tuple[int, int] | None = None, *, end_token_id: int = 1
+    ) -> jax.stages.Lowered:
         """The step for batches of a source, traced and ready to be compiled for the mesh's devices.
 
         Args:
-          source: batches of which.
+          source, size: see `batch`.
           end_token_id: id that ends and pads texts, of the run's tokenizer.
         """
         mask_token_id = self.networks.transformer.config.mask_token_id
         objective = dataclasses.replace(self.run.objective, mask_token_id=mask_token_id, end_token_id=end_token_id)
         step = make_train_step(self.networks, objective, self.run.optimizer, micro_batches=self.run.micro_batches)
-        arguments = (self.state, self.frozen, self.batch(source), self.key)
+        arguments = (self.state, self.frozen, self.batch(source, size), self.key)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, arguments)
         outputs = (shardings[0], parallel.replicated(self.mesh))
         jitted = jax.jit(step, in_shardings=shardings, out_shardings=outputs, donate_argnums=0)
         with jax.set_mesh(self.mesh):
             return jitted.lower(*arguments)
 
-    def model_flops(self, source: SourceConfig) -> int:
-        """FLOPs that one step on a batch of a source needs, over all devices; see `flops.train_step_flops`."""
+    def model_flops(self, source: SourceConfig, size: tuple[int, int] | None = None) -> int:
+        """FLOPs that one step on a batch of a source needs, over all devices; see `batch`, `flops.train_step_flops`."""
         config = self.networks.transformer.config
-        height, width, _ = self.networks.latent_shape(self.run.data.height, self.run.data.width)
+        height, width, _ = self.networks.latent_shape(*size or (self.run.data.height, self.run.data.width))
         return flops.train_step_flops(
             config,
             batch=self.run.data.global_batch,
