@@ -25,6 +25,8 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
     config.steps = 1000
     config.dtype = "float32"  # CPUs have no fast bfloat16
     config.remat = "none"
+    config.attention = "auto"
+    config.strategy = "fsdp"
     config.trained = ("transformer", "text_encoder")
     config.init = config_dict.placeholder(str)
     config.micro_batches = 1
@@ -45,7 +47,7 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
             "mask_token_id": VOCABULARY - 1,
             "adapter_hidden": 128,
             "semantic_dim": TEACHER_WIDTH,
-            "qk_norm": "rms_norm",
+            "qk_norm": config_dict.placeholder(str),
         },
         # Photographs in [-1, 1] have a standard deviation of about 0.5: twice that is what the noise has.
         "pixel_codec": {"patch": 4, "scaling_factor": 2.0, "shift_factor": 0.0},

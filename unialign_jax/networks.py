@@ -152,7 +152,9 @@ def _make(kind: type, name: str, fields: Mapping[str, Any]):
     return kind(**fields)
 
 
-def build_networks(model: Mapping[str, Any], *, dtype: str = "bfloat16", remat: str = "none") -> Networks:
+def build_networks(
+    model: Mapping[str, Any], *, dtype: str = "bfloat16", remat: str = "none", attention: str = "auto"
+) -> Networks:
     """The networks that a config's `model` describes.
 
     Args:
@@ -160,6 +162,7 @@ def build_networks(model: Mapping[str, Any], *, dtype: str = "bfloat16", remat: 
         the fields of their config dataclasses.
       dtype: compute dtype, "bfloat16" or "float32" (throughout).
       remat: a key of `models.unialign.REMAT_POLICIES`.
+      attention: the transformer's backend, see `models.attention.attend`.
 
     Raises:
       ValueError: for an unknown field or value, naming it.
@@ -175,7 +178,12 @@ def build_networks(model: Mapping[str, Any], *, dtype: str = "bfloat16", remat: 
     if model.get("teacher"):
         teacher = QwenTeacher(_make(QwenTeacherConfig, "teacher", model["teacher"]), compute)
     return Networks(
-        transformer=UniAlign(_make(TransformerConfig, "transformer", model["transformer"]), dtype=compute, remat=remat),
+        transformer=UniAlign(
+            _make(TransformerConfig, "transformer", model["transformer"]),
+            dtype=compute,
+            remat=remat,
+            attention=attention,
+        ),
         codec=codec,
         text_encoder=T5Encoder(_make(T5Config, "text_encoder", model["text_encoder"]), dtype=compute),
         teacher=teacher,

@@ -4,7 +4,6 @@ Mesh axes: `data` (copies of the model, and slices), `fsdp` (batch and parameter
 (heads, MLP, vocabulary). Parameters, optimizer moments and moving average are split alike; so are the frozen encoders.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "sequence", "tensor")
 BATCH_AXES = ("data", "fsdp")
+DEFAULT_SIZES = {"sequence": 4, "tensor": 4}  # of axes that a strategy names without a size
 
 # Logical axis of a parameter or activation -> mesh axes that split it. A name that is not here is an error.
 RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -38,69 +38,62 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 MAX_REPLICATED = 0.02
 
 
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Sizes of the mesh axes. One of them may be -1: it takes the devices that the others leave.
+def mesh_shape(strategy: str, devices: int, slices: int = 1) -> tuple[int, int, int, int]:
+    """The sizes of `AXES` that a strategy means on a number of devices.
 
-    Attributes:
-      data: copies of the model. Across slices connected by a data-centre network: a multiple of `slices`.
-      fsdp: parts of the batch, and of the parameters.
-      sequence: parts of the token axis, for long sequences.
-      tensor: parts of heads and MLP.
-      slices: TPU slices (or hosts of a GPU cluster) that only the `data` axis spans.
+    A strategy names axes, joined by "+", each at most once and optionally with its size: "fsdp", "fsdp+tensor=8",
+    "data=2+fsdp+sequence". Without a size, `sequence` and `tensor` are 4, and the one of `data` and `fsdp` that has
+    none takes the devices that are left. Axes that are not named are 1, but `data` as many as there are slices.
+
+    Args:
+      strategy: see above.
+      devices: how many there are.
+      slices: groups of devices that a data-centre network connects. Only the `data` axis spans them.
+
+    Raises:
+      ValueError: an unknown or repeated axis, a wrong size, or sizes that do not multiply to the number of devices.
     """
-
-    data: int = 1
-    fsdp: int = -1
-    sequence: int = 1
-    tensor: int = 1
-    slices: int = 1
-
-    def __post_init__(self):
-        sizes = [getattr(self, axis) for axis in AXES]
-        if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes) or self.slices < 1:
-            raise ValueError(f"mesh sizes {dict(zip(AXES, sizes, strict=True))}: each is 1 or more, at most one is -1")
-
-    def shape(self, devices: int) -> tuple[int, ...]:
-        """The sizes of `AXES` on this many devices.
-
-        Raises:
-          ValueError: the sizes do not multiply to the number of devices, or `slices` does not divide `data`.
-        """
-        sizes = [getattr(self, axis) for axis in AXES]
-        fixed = math.prod(size for size in sizes if size != -1)
-        named = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-        if devices % fixed or (-1 not in sizes and fixed != devices):
+    sizes: dict[str, int | None] = {}
+    for part in strategy.split("+"):
+        axis, equals, size = part.partition("=")
+        if axis not in AXES or axis in sizes or (equals and not (size.isdecimal() and int(size) > 0)):
             raise ValueError(
-                f"the mesh {named} takes {'a multiple of ' if -1 in sizes else ''}{fixed} devices, but there are "
-                f"{devices}; change config.mesh"
+                f"strategy {strategy!r}: {part!r} is wrong; expected axes of {', '.join(AXES)}, each at most once and "
+                "optionally with a size, joined by '+', such as fsdp+tensor=8"
             )
-        shape = tuple(devices // fixed if size == -1 else size for size in sizes)
-        if shape[0] % self.slices:
-            raise ValueError(f"mesh data={shape[0]} must be a multiple of slices={self.slices}: only it spans slices")
-        return shape
+        sizes[axis] = int(size) if equals else DEFAULT_SIZES.get(axis)
+    rest = [axis for axis, size in sizes.items() if size is None]
+    if len(rest) > 1:
+        raise ValueError(f"strategy {strategy!r}: one of data and fsdp needs a size, such as data=2+fsdp")
+    sizes = {axis: sizes.get(axis, slices if axis == "data" else 1) for axis in AXES}
+    fixed = math.prod(size for size in sizes.values() if size is not None)
+    if devices % fixed or (not rest and fixed != devices):
+        raise ValueError(
+            f"strategy {strategy!r} takes {'a multiple of ' if rest else ''}{fixed} devices, but there are {devices}"
+            + (f" in {slices} slices" if slices > 1 else "")
+        )
+    shape = tuple(devices // fixed if size is None else size for size in sizes.values())
+    if shape[0] % slices:
+        raise ValueError(
+            f"strategy {strategy!r}: data={shape[0]} is no multiple of the {slices} slices, which only it can span"
+        )
+    return shape
 
 
-# Named meshes for configs; a config may change their sizes.
-STRATEGIES: dict[str, MeshConfig] = {
-    "data": MeshConfig(data=-1, fsdp=1),
-    "fsdp": MeshConfig(),
-    "fsdp+tensor": MeshConfig(tensor=4),
-    "fsdp+sequence": MeshConfig(sequence=4),
-}
-
-
-def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(strategy: str, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices (or the given ones), laid out so that neighbours in it are neighbours in the network.
 
     Raises:
-      ValueError: see `MeshConfig.shape`.
+      ValueError: see `mesh_shape`.
     """
     devices = jax.devices() if devices is None else list(devices)
-    shape = config.shape(len(devices))
-    if config.slices > 1:
-        within = (shape[0] // config.slices, *shape[1:])
-        across = (config.slices, *(1 for _ in shape[1:]))
+    # Of TPUs only: GPUs count every host as a slice, and their network lets any axis span hosts.
+    is_tpu = devices[0].platform == "tpu"
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if is_tpu else 1
+    shape = mesh_shape(strategy, len(devices), slices)
+    if slices > 1:
+        within = (shape[0] // slices, *shape[1:])
+        across = (slices, *(1 for _ in shape[1:]))
         layout = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
     else:
         layout = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -118,6 +111,19 @@ def check_batch(mesh: Mesh, batch: int, micro_batches: int = 1) -> None:
         raise ValueError(
             f"a global batch of {batch} cannot be split over data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} "
             f"devices and {micro_batches} micro-batch(es); make it a multiple of {parts}"
+        )
+
+
+def check_heads(mesh: Mesh, heads: int) -> None:
+    """Refuses attention heads that the mesh cannot split evenly.
+
+    Raises:
+      ValueError: naming both numbers and what to change.
+    """
+    if heads % mesh.shape["tensor"]:
+        raise ValueError(
+            f"{heads} attention heads cannot be split over tensor={mesh.shape['tensor']} devices; choose a strategy "
+            "whose tensor size divides them"
         )
 
 

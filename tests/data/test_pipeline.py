@@ -5,14 +5,15 @@ import itertools
 import json
 import multiprocessing
 import pathlib
+import re
 
 import numpy as np
 import pytest
 from absl import flags
 from PIL import Image
 
-from unialign_jax.data.pipeline import DataConfig, SourceConfig, make_batches, next_source
-from unialign_jax.data.sources import CorpusError
+from unialign_jax.data.pipeline import DataConfig, SourceConfig, make_batches, merge_states, next_source
+from unialign_jax.data.report import CorpusError
 from unialign_jax.data.tokenizer import Tokenizer
 
 SIZE = 8
@@ -150,17 +151,65 @@ def test_every_pass_holds_every_row_once_in_an_order_of_its_own(corpus):
 
 
 @pytest.mark.parametrize("rows", [12, 13])
-def test_hosts_share_each_batch_of_the_one_order(corpus, rows):
-    path = corpus(rows)
-    with make_batches(config(path), Bytes()) as batches:
+def test_hosts_make_parts_of_the_same_batches(corpus, rows):
+    path = corpus(rows, spoil=(5,))
+    options = {"refused_share": 0.2}
+    with make_batches(config(path, **options), Bytes()) as batches:
         alone = take(batches, 10)
-    shares = []
-    for host in range(2):
-        with make_batches(config(path), Bytes(), process_index=host, process_count=2) as batches:
-            shares.append(take(batches, 10))
-    for whole, first, second in zip(alone, *shares, strict=True):
-        assert len(first) == len(second) == 2
-        assert sorted(first + second) == sorted(whole)
+    for slots in (range(2), range(2, 4), range(3, 4), range(1, 4, 2)):
+        with make_batches(config(path, **options), Bytes(), slots=slots) as batches:
+            assert take(batches, 10) == [[rows[slot] for slot in slots] for rows in alone]
+
+
+def hosts(count, *arguments):
+    """The iterators of `count` hosts; the last two of more than two hold the same slots."""
+    parts = min(count, 2) if count == 3 else count
+    slots = [range(4 * i // parts, 4 * (i + 1) // parts) for i in range(parts)]
+    slots += slots[-1:] * (count - parts)
+    return [make_batches(*arguments, slots=part) for part in slots]
+
+
+def test_restarts_on_other_numbers_of_hosts_yield_exactly_what_was_not_seen(corpus):
+    """1 -> 2 -> 4 -> 3 (two of which hold the same samples) -> 1 hosts, in the middle of passes."""
+    sources = corpus(30, "a.jsonl", spoil=(3, 17)), SourceConfig(corpus(13, "b.jsonl", first=100), weight=0.5)
+    setting = config(*sources, refused_share=0.1, seed=5)
+    with make_batches(setting, Bytes()) as batches:
+        alone, end = take(batches, 25), batches.get_state()
+    seen, state = [], None
+    for count in (1, 2, 4, 3, 1):
+        running = hosts(count, setting, Bytes())
+        for batches in running:
+            if state is not None:
+                batches.set_state(state)
+        parts = [take(batches, 5) for batches in running]
+        distinct = parts[:2] if count == 3 else parts
+        seen += [sum(rows, []) for rows in zip(*distinct, strict=True)]
+        state = json.loads(json.dumps(merge_states([batches.get_state() for batches in running])))
+        for batches in running:
+            batches.close()
+    assert seen == alone
+    for merged, expected in zip(state["reports"], end["reports"], strict=True):
+        assert merged["refused"] == expected["refused"] and merged["read"] == expected["read"]
+        assert sorted(merged["named"]) == sorted(expected["named"])
+        assert (merged["pass"], merged["refused_in_pass"]) == (expected["pass"], expected["refused_in_pass"])
+    assert end["reports"][0]["refused"]["missing image"] > 2
+
+
+def test_states_that_make_no_whole_are_refused(corpus):
+    setting = config(corpus(12))
+    first, second = hosts(2, setting, Bytes())
+    with first, second:
+        next(first), next(second)
+        one, other = first.get_state(), second.get_state()
+        with pytest.raises(ValueError, match=r"of the slots \[2, 4, 1\] alone; expected that of whole batches"):
+            second.set_state(other)
+        for states in ([one], [one, one]):
+            with pytest.raises(ValueError, match=r"hold the slots \[0, 1\], expected 0 to 3"):
+                merge_states(states)
+        next(second)
+        with pytest.raises(ValueError, match=r"states differ in drawn: \[\[1\], \[2\]\]"):
+            merge_states([one, second.get_state()])
+        assert merge_states([other, one])["drawn"] == [1]
 
 
 def test_sources_alternate_and_are_shuffled_apart(corpus):
@@ -226,15 +275,13 @@ def test_states_of_another_pipeline_are_refused(corpus):
         state = batches.get_state()
     others = {
         "seed": make_batches(config(path, seed=1), Bytes()),
-        "process_count": make_batches(config(path), Bytes(), process_index=0, process_count=2),
-        "process_index": make_batches(config(path, batch=2), Bytes(), process_index=1, process_count=2),
+        "global_batch": make_batches(config(path, batch=2), Bytes()),
         "weights": make_batches(config(path, path), Bytes()),
         "fingerprints": make_batches(config(corpus(9)), Bytes()),
     }
     for key, batches in others.items():
-        given = state | {"process_count": 2} if key == "process_index" else state
         with pytest.raises(ValueError, match=f"was saved with {key} = "):
-            batches.set_state(given)
+            batches.set_state(state)
 
 
 @pytest.fixture
@@ -274,15 +321,23 @@ def test_a_killed_worker_is_an_error_not_missing_data(corpus, learned):
             next(batches)
 
 
-def test_unusable_rows_are_counted_named_and_skipped(corpus, tmp_path):
+def test_for_unusable_rows_others_stand_in_and_nothing_moves(corpus, tmp_path):
+    with make_batches(config(corpus(200), batch=5), Bytes()) as batches:
+        whole = sum(take(batches, 40), [])
     path = corpus(200, spoil=(11, 150))
-    with make_batches(config(path, batch=6), Bytes()) as batches:
-        rows = sum(take(batches, 33), [])  # 198 usable rows: one pass, exactly
-        next(batches)  # whatever comes after the last usable row of a pass is read with the next batch
+    with make_batches(config(path, batch=5), Bytes()) as batches:
+        rows = sum(take(batches, 40), [])  # one pass
         (report,) = batches.reports
-    assert sorted(rows) == sorted(set(range(200)) - {11, 150})
-    assert set(report.named) == {12, 151}
+    assert [a for a, b in zip(whole, rows, strict=True) if a != b] == sorted((11, 150), key=whole.index)
+    assert set(rows) == set(range(200)) - {11, 150}
+    assert set(report.named) == {12, 151} and report.refused == {"missing image": 2} and report.read == 200
     assert report.named[12] == ("missing image", f"{str(tmp_path / 'absent11.png')!r}: no such file")
+
+
+def test_a_corpus_without_a_usable_row_stops_at_once(corpus):
+    with make_batches(config(corpus(8, spoil=range(8)), refused_share=0.99), Bytes()) as batches:
+        with pytest.raises(CorpusError, match="missing image: 1"):
+            next(batches)
 
 
 def test_over_the_limit_training_stops_with_the_report(corpus):
@@ -356,10 +411,9 @@ def test_configurations_that_make_no_batches(corpus):
         config(SourceConfig(path, references=-1))
     with pytest.raises(CorpusError, match=r"rows.jsonl: 5 rows don't fill one batch; lower global_batch \(6\)"):
         make_batches(config(path, batch=6), Bytes())
-    with pytest.raises(ValueError, match="global_batch is 4, which 3 processes can't share equally"):
-        make_batches(config(path), Bytes(), process_index=0, process_count=3)
-    with pytest.raises(ValueError, match="process_index is 2, expected 0 to 1"):
-        make_batches(config(path), Bytes(), process_index=2, process_count=2)
+    for slots in (range(0), range(2, 5), range(-1, 2), range(4, 6)):
+        with pytest.raises(ValueError, match=f"slots is {re.escape(str(slots))}, expected a part of the global batch"):
+            make_batches(config(path), Bytes(), slots=slots)
 
 
 def spoil_text(rng, line):

@@ -1,4 +1,4 @@
-"""Reading rows: every published form, every reason to refuse one, and the account that is kept of them."""
+"""Reading rows: every published form, and every reason to refuse one."""
 
 import json
 import pickle
@@ -7,8 +7,9 @@ import pytest
 from etils import epath
 
 from unialign_jax.data import sources
+from unialign_jax.data.report import CorpusError
 from unialign_jax.data.samples import Cause, Refused, Sample
-from unialign_jax.data.sources import CorpusError, JsonlSource, Report, parse_row
+from unialign_jax.data.sources import JsonlSource, parse_row
 
 TURNS = [{"from": "human", "value": "a cat"}, {"from": "gpt", "value": "<image>"}]
 GENERATE = {"dataset": "d", "image": ["a.png"], "conversations": TURNS, "img_w": [1], "img_h": [1]}
@@ -134,60 +135,3 @@ def test_sources_that_are_no_files(tmp_path):
         (tmp_path / "empty.jsonl").write_bytes(content)
         with pytest.raises(CorpusError, match=r"empty.jsonl: .* found no rows"):
             JsonlSource(tmp_path / "empty.jsonl")
-
-
-BAD = (7, "missing image", "'x.png': no such file")
-
-
-def fill(report, reads, bad, pass_index=0):
-    """`reads` rows of which the last `bad` are refused."""
-    for i in range(reads):
-        report.add(pass_index, (i, *BAD[1:]) if i >= reads - bad else None)
-
-
-def test_the_limit_is_exact_over_a_pass():
-    report = Report("rows.jsonl", 100, 0.01)
-    for pass_index in range(50):
-        fill(report, 100, 1, pass_index)
-    assert report.refused == {"missing image": 50} and report.read == 5000
-    with pytest.raises(CorpusError):
-        fill(report, 100, 2, 50)
-    fill(Report("rows.jsonl", 100, 0.29), 100, 29)  # 0.29 * 100 is a little less than 29 in binary
-    with pytest.raises(CorpusError):
-        Report("rows.jsonl", 100, 0.0).add(0, BAD)
-
-
-def test_a_corpus_that_is_mostly_unusable_stops_early_and_one_at_the_limit_does_not():
-    report = Report("rows.jsonl", 10**8, 0.01)
-    with pytest.raises(CorpusError):
-        fill(report, 100, 100)
-    assert report.read < 10
-    steady = Report("rows.jsonl", 10**8, 0.01)
-    for _ in range(500):
-        fill(steady, 100, 1)
-    with pytest.raises(CorpusError):
-        for _ in range(500):
-            fill(steady, 100, 2)
-
-
-def test_the_report_names_rows_and_survives_a_round_trip():
-    report = Report("rows.jsonl", 1000, 0.02)
-    report.add(0, None)
-    report.add(0, BAD)
-    report.add(0, (3, "missing image", "'y.png': no such file"))
-    report.add(0, (5, "malformed JSON", "Expecting value"))
-    expected = """\
-rows.jsonl: 3 of 4 rows read refused (75.00%; limit 2.00%)
-  missing image: 2
-    line 3: 'y.png': no such file
-    line 7: 'x.png': no such file
-  malformed JSON: 1
-    line 5: Expecting value"""
-    assert str(report) == expected
-    other = Report("rows.jsonl", 1000, 0.02)
-    other.restore(json.loads(json.dumps(report.state())))
-    assert str(other) == expected and other.state() == report.state()
-    for copy in (report, other):  # 20 in a pass are allowed, 17 are left
-        fill(copy, 800, 17)
-        with pytest.raises(CorpusError, match="too many rows can't be used: rows.jsonl: 21 of 805"):
-            copy.add(0, BAD)

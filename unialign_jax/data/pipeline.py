@@ -1,14 +1,19 @@
 """The input pipeline: JSONL rows -> host batches of static shape, in an order that is a pure function of the seed.
 
-    source rows ─► shuffle per pass ─► repeat ─► this host's share ─► decode, tokenize (threads or worker processes)
-      ─► refused rows counted and left out ─► batches (the schedule says of which source) ─► a few batches ahead
+    source rows ─► shuffle per pass ─► repeat ─► this host's slots ─► decode, tokenize (threads or worker processes)
+      ─► batches (the schedule says of which source) ─► a few batches ahead
 
-Refused rows travel as elements of their own as far as the one place that assembles batches: there they are counted
-exactly once, in order, whatever the number of workers, and the state holds the counts.
+The order of a source is one endless sequence of rows: slot j of its k-th batch is at position k · global_batch + j,
+whoever reads it. Hence a state is little more than the number of batches drawn, and holds on any number of hosts. A row
+that can't be used does not move the others: another one, drawn at random, stands in for it. The refusal travels with
+that sample as far as the one place that assembles batches: there it is counted exactly once, in order, whatever the
+number of workers.
 """
 
 import dataclasses
+import math
 import queue
+import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -18,11 +23,12 @@ import grain
 import numpy as np
 
 from unialign_jax.data.arrays import Preparation
+from unialign_jax.data.report import CorpusError, Report
 from unialign_jax.data.samples import Refused
-from unialign_jax.data.sources import CorpusError, JsonlSource, Report
+from unialign_jax.data.sources import JsonlSource
 from unialign_jax.data.tokenizer import PlainTokenizer, Tokenizer
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 _POLL_SECONDS = 0.1
 # Elements in flight: enough to keep the threads busy while one slow image is waited for, few enough for large images.
 _BUFFER_PER_THREAD = 4
@@ -106,31 +112,28 @@ def make_batches(
     tokenizer: Tokenizer,
     teacher_tokenizer: PlainTokenizer | None = None,
     *,
-    process_index: int = 0,
-    process_count: int = 1,
+    slots: range | None = None,
 ) -> "Batches":
-    """The endless iterator of this host's batches.
+    """The endless iterator of this host's part of the batches.
 
-    The hosts' shares of a source are disjoint and together complete; each source's rows are shuffled anew in every
-    pass. The order depends on the seed, the sources and `process_count` alone.
+    What is in slot j of the k-th batch of a source is a function of the seed, the sources, k and j alone: however many
+    hosts there are, together they make the same batches.
 
     Args:
       config: what to make.
       tokenizer: of the text encoder; texts longer than `text_length` are cut.
       teacher_tokenizer: of the semantic teacher; None leaves the teacher's arrays out.
-      process_index, process_count: this host, and how many there are.
+      slots: which rows of every global batch this host makes, in order; None: all. Hosts that hold parts of the same
+        samples (model axes that span hosts) have equal slots.
 
     Raises:
       CorpusError: a source is missing or empty, or has fewer rows than one batch.
-      ValueError: the hosts can't share the batch equally.
+      ValueError: slots that the global batch does not have.
     """
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index is {process_index}, expected 0 to {process_count - 1}")
-    if config.global_batch % process_count:
-        raise ValueError(
-            f"global_batch is {config.global_batch}, which {process_count} processes can't share equally; "
-            f"expected a multiple of {process_count}"
-        )
+    everything = range(config.global_batch)
+    slots = everything if slots is None else slots
+    if not slots or slots[0] not in everything or slots[-1] not in everything:
+        raise ValueError(f"slots is {slots}, expected a part of the global batch, {everything}")
     sources = [JsonlSource(source.path, source.task) for source in config.sources]
     for source in sources:
         if len(source) < config.global_batch:
@@ -138,7 +141,32 @@ def make_batches(
                 f"{source.path}: {len(source)} rows don't fill one batch; lower global_batch "
                 f"({config.global_batch}) or leave this source out"
             )
-    return Batches(_Plan(config, tuple(sources), tokenizer, teacher_tokenizer, process_index, process_count))
+    return Batches(_Plan(config, tuple(sources), tokenizer, teacher_tokenizer, slots))
+
+
+def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The state of the whole pipeline, which `Batches.set_state` takes on any number of hosts.
+
+    Args:
+      states: `Batches.get_state()` of every host, after the same batch.
+
+    Raises:
+      ValueError: they are not of one pipeline after one batch, or don't make up whole batches.
+    """
+    first = states[0]
+    for key in first.keys() - {"slots", "reports"}:
+        values = [state.get(key) for state in states]
+        if any(value != values[0] for value in values):
+            raise ValueError(f"the hosts' data states differ in {key}: {values}; expected those of one step of one run")
+    by_slots = {range(*state["slots"]): state for state in states}
+    slots = sorted(slot for part in by_slots for slot in part)
+    if slots != list(range(first["global_batch"])):
+        raise ValueError(
+            f"the hosts' data states hold the slots {slots}, expected 0 to {first['global_batch'] - 1}, each once; "
+            "give the state of every host"
+        )
+    reports = zip(*(state["reports"] for state in by_slots.values()), strict=True)
+    return first | {"slots": _bounds(range(len(slots))), "reports": [Report.merge(parts) for parts in reports]}
 
 
 def next_source(weights: Sequence[float], drawn: Sequence[int]) -> int:
@@ -201,20 +229,23 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     def get_state(self) -> dict[str, Any]:
         """JSON-able; a pipeline that `set_state` gives it to goes on after the last batch returned here.
 
-        The state is of this host alone: every process has to keep its own. It does not depend on threads, workers or
-        prefetch, so these may differ when it is taken up.
+        Where several hosts share the batches, `merge_states` makes one state of theirs. It does not depend on threads,
+        workers or prefetch, nor on the number of hosts, so these may differ when it is taken up.
         """
         return self._state
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes on where `get_state` was called.
 
+        Args:
+          state: of the whole pipeline. The host with slot 0 takes over the reports; the others' start from nothing.
+
         Raises:
-          ValueError: the state is of another seed, number of processes or set of sources.
+          ValueError: the state is of another seed, global batch or set of sources, or of some hosts only.
         """
         self._plan.check(state)
         self.close()
-        self._state, self._error = state, None
+        self._state, self._error = self._plan.take_up(state), None
         self._stop, self._thread = threading.Event(), None
 
     @property
@@ -253,50 +284,61 @@ class _Plan:
     sources: tuple[JsonlSource, ...]
     tokenizer: Tokenizer
     teacher_tokenizer: PlainTokenizer | None
-    process_index: int
-    process_count: int
+    slots: range
 
     def identity(self) -> dict[str, Any]:
         """What a state and the pipeline that takes it up must have in common."""
         return {
             "version": _STATE_VERSION,
             "seed": self.config.seed,
-            "process_index": self.process_index,
-            "process_count": self.process_count,
+            "global_batch": self.config.global_batch,
             "weights": [source.weight for source in self.config.sources],
             "fingerprints": [source.fingerprint() for source in self.sources],
         }
 
     def initial_state(self) -> dict[str, Any]:
-        reports = [Report(source.path, len(source), self.config.refused_share) for source in self.sources]
-        return self.state([0] * len(self.sources), reports)
+        return self.state([0] * len(self.sources), self.new_reports())
 
     def state(self, drawn: list[int], reports: Sequence[Report]) -> dict[str, Any]:
-        # How far a source was read is its report's count: refused rows are read too.
-        return self.identity() | {"drawn": list(drawn), "reports": [report.state() for report in reports]}
+        progress = {"drawn": list(drawn), "reports": [report.state() for report in reports]}
+        return self.identity() | {"slots": _bounds(self.slots)} | progress
+
+    def take_up(self, state: dict[str, Any]) -> dict[str, Any]:
+        """This host's state, from that of the whole pipeline."""
+        reports = self.reports(state) if 0 in self.slots else self.new_reports()
+        return self.state(state["drawn"], reports)
+
+    def new_reports(self) -> tuple[Report, ...]:
+        return tuple(Report(source.path, len(source), self.config.refused_share) for source in self.sources)
 
     def reports(self, state: dict[str, Any]) -> tuple[Report, ...]:
-        reports = []
-        for source, saved in zip(self.sources, state["reports"], strict=True):
-            reports.append(Report(source.path, len(source), self.config.refused_share))
-            reports[-1].restore(saved)
-        return tuple(reports)
+        reports = self.new_reports()
+        for report, saved in zip(reports, state["reports"], strict=True):
+            report.restore(saved)
+        return reports
 
     def check(self, state: dict[str, Any]) -> None:
         for key, here in self.identity().items():
             if state.get(key) != here:
                 raise ValueError(
                     f"the data state was saved with {key} = {state.get(key)!r}, this pipeline has {here!r}: it "
-                    "can't go on exactly. Use the same configuration, files and number of processes, or start anew."
+                    "can't go on exactly. Use the same configuration and files, or start anew."
                 )
+        if list(state["slots"]) != _bounds(range(self.config.global_batch)):
+            raise ValueError(
+                f"the data state is of the slots {state['slots']} alone; expected that of whole batches, which "
+                "merge_states makes of all hosts' states"
+            )
+
+    def position(self, index: int) -> int:
+        return _position(index, self.slots, self.config.global_batch)
 
     def elements(self, which: int, start: int) -> grain.IterDataset:
         """Prepared elements of one source for this host, from its `start`-th on."""
         source, source_config, config = self.sources[which], self.config.sources[which], self.config
         # Grain counts passes by adding to the seed, so neighbouring seeds would repeat each other's passes.
         seed = int(np.random.SeedSequence([config.seed, which]).generate_state(1)[0])
-        rows = grain.MapDataset.range(len(source)).shuffle(seed).repeat()
-        rows = rows[self.process_index :: self.process_count]
+        order = grain.MapDataset.range(len(source)).shuffle(seed).repeat()
         prepare = Preparation(
             height=config.height,
             width=config.width,
@@ -309,7 +351,8 @@ class _Plan:
         options = grain.ReadOptions(
             num_threads=config.threads, prefetch_buffer_size=config.threads * _BUFFER_PER_THREAD
         )
-        elements = rows.map_with_index(_Read(source, prepare))[start:].to_iter_dataset(options)
+        read = _Read(source, order, self.slots, config.global_batch, prepare, seed, _attempts(config.refused_share))
+        elements = grain.MapDataset.range(start, sys.maxsize).map(read).to_iter_dataset(options)
         if not config.workers:
             return elements
         share = source_config.weight / sum(source.weight for source in config.sources)
@@ -322,20 +365,58 @@ class _Plan:
 
 @dataclasses.dataclass(frozen=True)
 class _Read:
-    """(position in the host's stream, row) -> the sample's arrays, or why there are none. Runs in the workers."""
+    """Number of a sample on this host -> its arrays. Runs in the workers.
+
+    A row that can't be used is replaced by one drawn at random, by the seed and the position alone, so that all other
+    rows keep their places. The element tells of it, and holds no arrays if none of the rows drawn can be used.
+    """
 
     source: JsonlSource
+    order: grain.MapDataset
+    slots: range
+    global_batch: int
     prepare: Preparation
+    seed: int
+    attempts: int
 
-    def __call__(self, position: int, row: int) -> dict[str, Any]:
+    def __call__(self, index: int) -> dict[str, Any]:
+        position = _position(index, self.slots, self.global_batch)
+        row = self.order[position]
         try:
-            return {"position": position} | self.prepare(self.source[row])
+            return {"index": index} | self._arrays(row)
         except Refused as refused:
-            refusal = (self.source.line(row), str(refused.cause), refused.detail)
-            return {"position": position, "refusal": refusal}
+            element = {"index": index, "refusal": (self.source.line(row), str(refused.cause), refused.detail)}
+        rng = np.random.default_rng([self.seed, position])
+        for replacement in rng.integers(len(self.source), size=self.attempts):
+            try:
+                return element | self._arrays(int(replacement))
+            except Refused:  # it is counted where it stands in the order itself
+                continue
+        return element
+
+    def _arrays(self, row: int) -> dict[str, np.ndarray]:
+        try:
+            return self.prepare(self.source[row])
+        except Refused:
+            raise
         except Exception as error:
             error.add_note(f"while reading {self.source.path}, line {self.source.line(row)}")
             raise
+
+
+def _position(index: int, slots: range, global_batch: int) -> int:
+    """Where this host's `index`-th sample of a source stands in the one order that all hosts share."""
+    batch, part = divmod(index, len(slots))
+    return batch * global_batch + slots[part]
+
+
+def _attempts(refused_share: float) -> int:
+    """How many rows to draw for one in place of a refused row: at this share, all are refused once in 10^12."""
+    return math.ceil(math.log(1e-12) / math.log(max(refused_share, 0.01)))
+
+
+def _bounds(slots: range) -> list[int]:
+    return [slots.start, slots.stop, slots.step]
 
 
 def _assemble(plan: _Plan, state: dict[str, Any], out: queue.Queue, stop: threading.Event) -> None:
@@ -347,8 +428,8 @@ def _assemble(plan: _Plan, state: dict[str, Any], out: queue.Queue, stop: thread
         while not stop.is_set():
             which = next_source(weights, drawn)
             if which not in streams:
-                streams[which] = iter(plan.elements(which, reports[which].read))
-            batch = _next_batch(plan, streams[which], reports[which])
+                streams[which] = iter(plan.elements(which, drawn[which] * len(plan.slots)))
+            batch = _next_batch(plan, streams[which], drawn[which], reports[which])
             drawn[which] += 1
             _put(out, (batch, plan.state(drawn, reports)), stop)
     except Exception as error:  # handed to the consumer, who raises it
@@ -358,17 +439,17 @@ def _assemble(plan: _Plan, state: dict[str, Any], out: queue.Queue, stop: thread
             stream.close()
 
 
-def _next_batch(plan: _Plan, stream: Iterator, report: Report) -> dict[str, np.ndarray]:
+def _next_batch(plan: _Plan, stream: Iterator, drawn: int, report: Report) -> dict[str, np.ndarray]:
     samples = []
-    while len(samples) < plan.config.global_batch // plan.process_count:
+    for index in range(drawn * len(plan.slots), (drawn + 1) * len(plan.slots)):
         element = next(stream, None)
-        if element is None or element.pop("position") != report.read:
+        if element is None or element.pop("index") != index:
             # Grain goes on silently without the elements of a worker process that was killed.
             raise RuntimeError(f"{report.path}: a worker process died, its samples are lost; resume from the state")
-        pass_index = (plan.process_index + report.read * plan.process_count) // report.rows
-        report.add(pass_index, element.get("refusal"))
-        if "refusal" not in element:
-            samples.append(element)
+        report.add(plan.position(index) // report.rows, element.pop("refusal", None))
+        if not element:
+            raise report.too_many()
+        samples.append(element)
     return {key: np.stack([sample[key] for sample in samples]) for key in samples[0]}
 
 

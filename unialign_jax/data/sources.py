@@ -1,4 +1,4 @@
-"""Readers of the published JSONL rows, with random access, and the account of the rows that could not be used.
+"""Readers of the published JSONL rows, with random access.
 
 Published forms, one JSON object per line; image paths are relative to the JSONL file (absolute and `gs://` allowed):
 
@@ -9,21 +9,15 @@ Published forms, one JSON object per line; image paths are relative to the JSONL
 and one more for question answering: {"image": [target], "question": ..., "answer": ...}. Other keys are ignored.
 """
 
-import collections
 import json
-import math
 
 import numpy as np
 from etils import epath
 
+from unialign_jax.data.report import CorpusError
 from unialign_jax.data.samples import TASKS, Cause, Refused, Sample
 
 _CHUNK = 16 << 20
-_MAX_NAMED = 10_000
-
-
-class CorpusError(ValueError):
-    """A source that can't be trained on as it is. The message names the file and says what to do."""
 
 
 class JsonlSource:
@@ -110,87 +104,6 @@ def parse_row(line: bytes, task: str | None, folder: epath.Path) -> Sample:
         return Sample(task, target, question=_text(row, "question"), answer=_text(row, "answer"))
     caption = _first_turn(row)
     return Sample(task, target, caption=caption, instruction=caption)
-
-
-class Report:
-    """How many rows of one source were read, and which could not be used.
-
-    A row is counted each time it is read. Training stops (`CorpusError`) as soon as it is certain, or beyond chance,
-    that more than `limit` of the rows can't be used: when one pass over the file has refused more than `limit` of all
-    its rows, or when the refusals so far exceed what `limit` leads to expect by four standard deviations and five.
-
-    Args:
-      path: the source.
-      rows: number of rows in it.
-      limit: highest share of refused rows, in [0, 1).
-    """
-
-    def __init__(self, path: str, rows: int, limit: float):
-        self.path = path
-        self.rows = rows
-        self.limit = limit
-        self.read = 0
-        self.refused: collections.Counter[str] = collections.Counter()
-        self.named: dict[int, tuple[str, str]] = {}
-        self._pass = 0
-        self._refused_in_pass = 0
-
-    def add(self, pass_index: int, refusal: tuple[int, str, str] | None = None) -> None:
-        """Counts one row read.
-
-        Args:
-          pass_index: how often the file had been gone through before.
-          refusal: (line, cause, detail) when the row was refused.
-
-        Raises:
-          CorpusError: too many were; the message is the report.
-        """
-        if pass_index != self._pass:
-            self._pass, self._refused_in_pass = pass_index, 0
-        self.read += 1
-        if refusal is None:
-            return
-        line, cause, detail = refusal
-        self.refused[cause] += 1
-        self._refused_in_pass += 1
-        if len(self.named) < _MAX_NAMED:
-            self.named[line] = (cause, detail)
-        expected = self.limit * self.read
-        certain = self._refused_in_pass > self.limit * self.rows + 1e-9
-        if certain or self.refused.total() > expected + 4 * math.sqrt(expected) + 5:
-            raise CorpusError(
-                f"too many rows can't be used: {self}\nMend or remove these rows, or raise the limit (refused_share)."
-            )
-
-    def state(self) -> dict:
-        """JSON-able; `restore` takes it back. Also what to write to disk: it names every refused row (up to 10 000)."""
-        return {
-            "path": self.path,
-            "rows": self.rows,
-            "read": self.read,
-            "refused": dict(self.refused),
-            "named": [[line, *why] for line, why in self.named.items()],
-            "pass": self._pass,
-            "refused_in_pass": self._refused_in_pass,
-        }
-
-    def restore(self, state: dict) -> None:
-        """Goes on from a `state()`; path, rows and limit stay those given at construction."""
-        self.read = state["read"]
-        self.refused = collections.Counter(state["refused"])
-        self.named = {line: (cause, detail) for line, cause, detail in state["named"]}
-        self._pass, self._refused_in_pass = state["pass"], state["refused_in_pass"]
-
-    def __str__(self) -> str:
-        """The counts by cause, and the first ten rows of each."""
-        refused = self.refused.total()
-        share = refused / max(self.read, 1)
-        lines = [f"{self.path}: {refused} of {self.read} rows read refused ({share:.2%}; limit {self.limit:.2%})"]
-        for cause, count in self.refused.most_common():
-            lines.append(f"  {cause}: {count}")
-            rows = [(line, detail) for line, (why, detail) in sorted(self.named.items()) if why == cause]
-            lines += [f"    line {line}: {detail}" for line, detail in rows[:10]]
-        return "\n".join(lines)
 
 
 def _index_rows(file: epath.Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

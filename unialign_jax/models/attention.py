@@ -43,21 +43,21 @@ def attend(
       `[B, S, H, D]` in the query's dtype; the softmax is taken in float32.
 
     Raises:
-      ValueError: for an unknown backend or block size, for heads that the mesh's `tensor` axis does not divide, or for
-        a dtype or head size that "cudnn" does not take.
+      ValueError: for an unknown backend or block size, for heads that a kernel can't split over the mesh's `tensor`
+        axis, or for a dtype or head size that "cudnn" does not take.
     """
     name, block = _parse(backend)
+    platform = _platform()
+    if name == "auto":
+        name = _choose(query, platform)
+    if name == "xla":
+        return _xla(query, key, value, segments)  # which the compiler splits, as far as the heads allow
     axes, heads = _mesh_axes(), query.shape[2]
     if heads % axes.get(HEADS_AXIS, 1):
         raise ValueError(
             f"{heads} attention heads cannot be split over the mesh's {HEADS_AXIS!r} axis of {axes[HEADS_AXIS]}; "
             "choose an axis size that divides the heads"
         )
-    platform = _platform()
-    if name == "auto":
-        name = _choose(query, platform)
-    if name == "xla":
-        return _xla(query, key, value, segments)
     kernel = cudnn
     if name == "splash":
         if platform != "tpu":

@@ -72,13 +72,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
         objective = dataclasses.replace(run.objective, mask_token_id=tokenizer.mask_id, end_token_id=tokenizer.end_id)
 
         # The data: endless batches, each of one source.
-        batches = make_batches(
-            run.data,
-            tokenizer,
-            teacher_tokenizer,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+        batches = make_batches(run.data, tokenizer, teacher_tokenizer)
         stack.callback(batches.close)
         held_batch = _first_batch(run, tokenizer, teacher_tokenizer) if run.log.samples_every else None
 

@@ -99,6 +99,8 @@ class RunConfig:
       micro_batches: parts in which a batch is worked off, see `training.step`.
       dtype: compute dtype, "bfloat16" or "float32".
       remat: what the backward pass recomputes, see `models.unialign.REMAT_POLICIES`.
+      attention: the transformer's kernel, see `models.attention.attend`.
+      strategy: how the model and the batch are split over devices, see `parallel.mesh_shape`.
       log, checkpoint: when to write.
       resume_step: go back to this step; None: go on from the newest, if there is one.
       allow_changed: config keys that may differ from those of the run that is resumed.
@@ -119,6 +121,8 @@ class RunConfig:
     micro_batches: int = 1
     dtype: str = "bfloat16"
     remat: str = "none"
+    attention: str = "auto"
+    strategy: str = "fsdp"
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     resume_step: int | None = None

@@ -1,0 +1,111 @@
+"""The account of the rows that could not be used, and the error that stops training when they are too many."""
+
+import collections
+import itertools
+import math
+from collections.abc import Sequence
+
+_MAX_NAMED = 10_000
+
+
+class CorpusError(ValueError):
+    """A source that can't be trained on as it is. The message names the file and says what to do."""
+
+
+class Report:
+    """How many rows of one source were read, and which could not be used.
+
+    A row is counted each time it is read. Training stops (`CorpusError`) as soon as it is certain, or beyond chance,
+    that more than `limit` of the rows can't be used: when one pass over the file has refused more than `limit` of all
+    its rows, or when the refusals so far exceed what `limit` leads to expect by four standard deviations and five.
+
+    Args:
+      path: the source.
+      rows: number of rows in it.
+      limit: highest share of refused rows, in [0, 1).
+    """
+
+    def __init__(self, path: str, rows: int, limit: float):
+        self.path = path
+        self.rows = rows
+        self.limit = limit
+        self.read = 0
+        self.refused: collections.Counter[str] = collections.Counter()
+        self.named: dict[int, tuple[str, str]] = {}
+        self._pass = 0
+        self._refused_in_pass = 0
+
+    def add(self, pass_index: int, refusal: tuple[int, str, str] | None = None) -> None:
+        """Counts one row read.
+
+        Args:
+          pass_index: how often the file had been gone through before.
+          refusal: (line, cause, detail) when the row was refused.
+
+        Raises:
+          CorpusError: too many were; the message is the report.
+        """
+        if pass_index != self._pass:
+            self._pass, self._refused_in_pass = pass_index, 0
+        self.read += 1
+        if refusal is None:
+            return
+        line, cause, detail = refusal
+        self.refused[cause] += 1
+        self._refused_in_pass += 1
+        if len(self.named) < _MAX_NAMED:
+            self.named[line] = (cause, detail)
+        expected = self.limit * self.read
+        certain = self._refused_in_pass > self.limit * self.rows + 1e-9
+        if certain or self.refused.total() > expected + 4 * math.sqrt(expected) + 5:
+            raise self.too_many()
+
+    def too_many(self) -> CorpusError:
+        """The error that stops training."""
+        return CorpusError(
+            f"too many rows can't be used: {self}\nMend or remove these rows, or raise the limit (refused_share)."
+        )
+
+    def state(self) -> dict:
+        """JSON-able; `restore` takes it back. Also what to write to disk: it names every refused row (up to 10 000)."""
+        return {
+            "path": self.path,
+            "rows": self.rows,
+            "read": self.read,
+            "refused": dict(self.refused),
+            "named": [[line, *why] for line, why in self.named.items()],
+            "pass": self._pass,
+            "refused_in_pass": self._refused_in_pass,
+        }
+
+    def restore(self, state: dict) -> None:
+        """Goes on from a `state()`; path, rows and limit stay those given at construction."""
+        self.read = state["read"]
+        self.refused = collections.Counter(state["refused"])
+        self.named = {line: (cause, detail) for line, cause, detail in state["named"]}
+        self._pass, self._refused_in_pass = state["pass"], state["refused_in_pass"]
+
+    @staticmethod
+    def merge(states: Sequence[dict]) -> dict:
+        """The account of all hosts, from the `state()` of each one's report of the same source."""
+        last_pass = max(state["pass"] for state in states)
+        refused = sum((collections.Counter(state["refused"]) for state in states), collections.Counter())
+        named = {line: why for state in states for line, *why in state["named"]}
+        return states[0] | {
+            "read": sum(state["read"] for state in states),
+            "refused": dict(refused),
+            "named": [[line, *why] for line, why in itertools.islice(sorted(named.items()), _MAX_NAMED)],
+            "pass": last_pass,
+            "refused_in_pass": sum(state["refused_in_pass"] for state in states if state["pass"] == last_pass),
+        }
+
+    def __str__(self) -> str:
+        """The counts by cause, and the first ten rows of each."""
+        refused = self.refused.total()
+        share = refused / max(self.read, 1)
+        lines = [f"{self.path}: {refused} of {self.read} rows read refused ({share:.2%}; limit {self.limit:.2%})"]
+        for cause, count in self.refused.most_common():
+            lines.append(f"  {cause}: {count}")
+            rows = [(line, detail) for line, (why, detail) in sorted(self.named.items()) if why == cause]
+            lines += [f"    line {line}: {detail}" for line, detail in rows[:10]]
+        return "\n".join(lines)
