@@ -99,7 +99,7 @@ class Checkpoints:
     def all_steps(self) -> list[int]:
         """Steps that were saved completely, oldest first. A save in progress is waited for, and then counts."""
         self.wait()
-        return agreement.primary(lambda: sorted(ocp.utils.checkpoint_steps(self.directory)), *_SHARED)
+        return agreement.primary(lambda: saved_steps(self.directory), *_SHARED)
 
     def latest_step(self) -> int | None:
         return max(self.all_steps(), default=None)
@@ -230,8 +230,8 @@ class Checkpoints:
     def _set_aside(self, steps: list[int]) -> None:
         aside = self.directory.parent / f"{self.directory.name}-set-aside"
         aside.mkdir(parents=True, exist_ok=True)
-        # In an object store a directory is there only once something is in it.
-        (aside / "README").write_text("Steps of a continuation that was given up by resuming from an older step.\n")
+        if storage.is_remote(aside):  # where a directory is there only once something is in it
+            (aside / "README").write_text("Steps given up by resuming from an older one.\n")
         for number in steps:
             taken = len([path for path in aside.iterdir() if path.name.split(".")[0] == str(number)])
             (self.directory / str(number)).rename(aside / (f"{number}.{taken}" if taken else str(number)))
@@ -345,7 +345,7 @@ class Checkpoints:
         if differences:
             raise WrongArchitecture(
                 f"{self.directory / str(step)} is of another architecture than the config's: {differences}. "
-                "Use the config it was trained with, or another --workdir."
+                "Use the config it was trained with, or another directory."
             )
 
     def _check_sums(self, step: int, part: str, tree: Any, sums: dict[str, Any]) -> None:
@@ -355,6 +355,11 @@ class Checkpoints:
 
     def _damaged(self, step: int, cause: Exception | str) -> DamagedCheckpoint:
         return DamagedCheckpoint(f"{self.directory / str(step)} is damaged ({_short(cause)})")
+
+
+def saved_steps(directory: epath.Path) -> list[int]:
+    """Complete steps in a checkpoint directory, oldest first, as this process sees it; none if it is absent."""
+    return sorted(ocp.utils.checkpoint_steps(directory))
 
 
 def _read_tree(path: epath.Path, abstract: Any) -> Any:

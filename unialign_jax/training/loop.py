@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from unialign_jax import agreement, distributed, parallel, storage
+from unialign_jax import agreement, distributed, parallel, pretrained, storage
 from unialign_jax.batch import Batch
 from unialign_jax.checkpoints import Checkpoints
 from unialign_jax.data.pipeline import make_batches, merge_states
@@ -23,7 +23,6 @@ from unialign_jax.data.samples import Refused
 from unialign_jax.data.sources import open_source
 from unialign_jax.data.tokenizer import PlainTokenizer, Tokenizer
 from unialign_jax.networks import Networks
-from unialign_jax.pretrained import initial_params
 from unialign_jax.state import TrainState, create_state
 from unialign_jax.training import run_config, saved_config, writers
 from unialign_jax.training.metrics import DelayedMetrics, Stopwatch, progress_line
@@ -66,9 +65,14 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
         )
         latest = checkpoints.latest_step()
         resume_step = latest if run.resume_step is None else run.resume_step
+        # Exactly where it started, however far that run has gone on: what is not trained comes from there each time.
+        if resume_step is None:
+            init = run.init and agreement.primary(lambda: str(pretrained.locate(run.init)), FileNotFoundError)
+        else:
+            init = checkpoints.meta(resume_step)["init"]
 
         # Text becomes ids. The tokenizer is part of the run: samplers of its checkpoints read it from the directory.
-        tokenizer = _make_tokenizer(run, directory / "tokenizer", resuming=resume_step is not None)
+        tokenizer = _make_tokenizer(run, init, directory / "tokenizer", resuming=resume_step is not None)
         teacher_tokenizer = None
         if run.model.get("teacher"):
             teacher_tokenizer = PlainTokenizer.load(run.teacher_tokenizer) if run.teacher_tokenizer else tokenizer
@@ -87,11 +91,15 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
         )
         init_key, step_key = make_keys()
         saved_as = saved_config.as_json(config)
-        frozen = initial_params(networks, init_key, _shardings(program.frozen), run.init)
+        start_from = functools.partial(
+            pretrained.initial_params, networks, init_key, source=init, average=run.init_average
+        )
+        frozen = start_from(program.frozen)
         if resume_step is None:
-            params = initial_params(networks, init_key, _shardings(program.state.params), run.init)
+            params = start_from(program.state.params)
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
             create = functools.partial(create_state, config=run.optimizer)
-            state = jax.jit(create, out_shardings=_shardings(program.state), donate_argnums=0)(params)
+            state = jax.jit(create, out_shardings=shardings, donate_argnums=0)(params)
         else:
             state, data_state, _ = checkpoints.restore(
                 program.state, resume_step, accept=lambda meta: _accept(meta, saved_as, run)
@@ -103,6 +111,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
         meta = {
             "stage": run.stage,
             "config": saved_as,
+            "init": init,
             "data": batches.get_state()["fingerprints"],
             "versions": saved_config.library_versions(),
         }
@@ -114,6 +123,8 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
             f"{count / 1e6:.4g} M trained parameters on {mesh}, {'resuming after' if start else 'starting at'} step "
             f"{start}"
         )
+        if init is not None:
+            say(f"{'started' if start else 'starts'} from {init}")
 
         # The loop. The host never waits for the step it has just queued, only for one some steps before.
         compiled: dict[Batch, Any] = {}
@@ -169,16 +180,14 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
     return state
 
 
-def _shardings(abstract: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
-
-
-def _make_tokenizer(run: RunConfig, directory: epath.Path, *, resuming: bool) -> Tokenizer:
-    """The run's tokenizer, kept in `directory`: the one the resumed steps were trained with, else loaded or learned."""
+def _make_tokenizer(run: RunConfig, init: str | None, directory: epath.Path, *, resuming: bool) -> Tokenizer:
+    """The run's tokenizer, kept in `directory`: the one the parameters were trained with, else loaded or learned."""
 
     def make() -> None:
         if run.tokenizer.path is not None:
             tokenizer = Tokenizer.load(run.tokenizer.path)
+        elif init is not None:
+            tokenizer = Tokenizer.load(pretrained.tokenizer_directory(epath.Path(init)))
         else:
             tokenizer = Tokenizer.learn(_texts(run), run.tokenizer.learn_vocab_size)
         tokenizer.save(directory)
