@@ -29,6 +29,7 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
     config.strategy = "fsdp"
     config.trained = ("transformer", "text_encoder")
     config.init = config_dict.placeholder(str)
+    config.init_average = True
     config.micro_batches = 1
 
     config.model = {
@@ -47,7 +48,7 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
             "mask_token_id": VOCABULARY - 1,
             "adapter_hidden": 128,
             "semantic_dim": TEACHER_WIDTH,
-            "qk_norm": "rms_norm",
+            "qk_norm": config_dict.placeholder(str),
         },
         # Photographs in [-1, 1] have a standard deviation of about 0.5: twice that is what the noise has.
         "pixel_codec": {"patch": 4, "scaling_factor": 2.0, "shift_factor": 0.0},
@@ -98,6 +99,7 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
         "temperature": 0.07,
         "semantic_depth": 2,
         "text_dropout": 0.1,
+        "reference_dropout": 0.0,
         "pool_padding": True,
     }
     config.optimizer = {

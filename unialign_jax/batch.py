@@ -86,7 +86,8 @@ class Draws:
 
     noise: standard normal `[B, h, w, C]`.
     image_time: in (0, 1) `[B]`, logit-normal; `flow_matching.noise_levels` makes it a sigma.
-    text_drop: uniform `[B]`; a sample below the drop-out rate loses its text condition.
+    text_drop, reference_drop: uniform `[B]`; a sample below the drop-out rate loses its text condition, or all of its
+      references; independent of each other, so that guidance can act on either.
     text_time: `[B]` in (0, 1), antithetic over the whole batch (not over a micro-batch).
     text_mask: uniform `[B, T]`.
     posterior: standard normal `[B, 1 + N, h, w, C]`, the autoencoder's posterior draws of target and references.
@@ -95,6 +96,7 @@ class Draws:
     noise: jax.Array
     image_time: jax.Array
     text_drop: jax.Array
+    reference_drop: jax.Array
     text_time: jax.Array
     text_mask: jax.Array
     posterior: jax.Array
@@ -108,12 +110,13 @@ def sample_draws(key: jax.Array, batch: Batch, latent_shape: tuple[int, int, int
       batch: read for its shapes alone.
       latent_shape: `(h, w, C)` of one image's latent.
     """
-    keys = jax.random.split(key, 6)
+    keys = jax.random.split(key, 7)
     size, length = batch.caption_ids.shape
     return Draws(
         noise=jax.random.normal(keys[0], (size, *latent_shape)),
         image_time=flow_matching.logit_normal(keys[1], (size,)),
         text_drop=jax.random.uniform(keys[2], (size,)),
+        reference_drop=jax.random.uniform(keys[6], (size,)),
         text_time=masked_text.antithetic_times(jax.random.uniform(keys[3], (size,))),
         text_mask=jax.random.uniform(keys[4], (size, length)),
         posterior=jax.random.normal(keys[5], (size, batch.images, *latent_shape)),

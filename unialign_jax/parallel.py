@@ -37,6 +37,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 # Largest share of parameter bytes that may be left whole on every device because no axis of theirs can be split.
 MAX_REPLICATED = 0.02
+FREE_BYTES = 2**20  # so many may be whole in any case: the biases of a very small model are a large share of it
 
 
 def mesh_shape(strategy: str, devices: int, slices: int = 1) -> tuple[int, int, int, int]:
@@ -188,7 +189,7 @@ def _check_replication(abstract: Any, shardings: Any, mesh: Mesh) -> None:
     if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
         return  # copies are what was asked for
     share, whole = replicated_share(abstract, shardings)
-    if share > MAX_REPLICATED:
+    if share > MAX_REPLICATED and sum(size for _, size in whole) > FREE_BYTES:
         largest = ", ".join(f"{name} ({size / 2**20:.1f} MiB)" for name, size in whole[:5])
         raise ValueError(
             f"{share:.1%} of the parameter bytes would be copied to every device of the mesh {dict(mesh.shape)}, more "
@@ -204,6 +205,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Of scalars, keys and what has no batch axis."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def replicate(array: np.ndarray, mesh: Mesh) -> jax.Array:
+    """A host array, the same in every process, whole on every device of the mesh."""
+    return jax.make_array_from_callback(array.shape, replicated(mesh), lambda index: array[index])
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

@@ -72,8 +72,11 @@ def make_train_step(
 
 
 def _split(batch: Batch, draws, parts: int):
-    """`(batch, draws)` with a leading axis of `parts`."""
+    """`(batch, draws)` with a leading axis of `parts`.
+
+    Part k holds every `parts`-th sample from k on, so that all devices have their share of each.
+    """
     size = batch.caption_ids.shape[0]
     if size % parts:
         raise ValueError(f"a batch of {size} cannot be split in {parts} equal micro-batches; change one of them")
-    return jax.tree.map(lambda x: x.reshape(parts, size // parts, *x.shape[1:]), (batch, draws))
+    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(size // parts, parts, *x.shape[1:]), 0, 1), (batch, draws))
