@@ -38,19 +38,19 @@ ImageLike = Image.Image | np.ndarray | str
 
 
 @functools.partial(jax.jit, static_argnames=("networks", "size", "steps", "guidance", "interval"))
-def _image_program(
+def image_program(
     params, keys, ids, negative_ids, references, reference_mask, *, networks, size, steps, guidance, interval
 ):
     """Keys `[B]`, ids int32 `[B, T]`, negative ids `[T]`, references uint8 `[B, N, H, W, 3]` -> images, uint8."""
-    batch = ids.shape[0]
-    states = networks.encode_text(params, jnp.concatenate([ids, negative_ids[None]]))
-    condition = {"text": states[:batch]}
+    # Two calls: one row more than the batch could not be split over the devices that the batch is.
+    condition = {"text": networks.encode_text(params, ids)}
+    negative_text = networks.encode_text(params, negative_ids[None])
     if references is not None:
         flat = to_unit_range(references.reshape(-1, *references.shape[2:]))
         latents = networks.encode_images(params, flat)
         condition["references"] = latents.reshape(*references.shape[:2], *latents.shape[1:])
         condition["mask"] = reference_mask
-    negative = condition | {"text": jnp.broadcast_to(states[batch:], condition["text"].shape)}
+    negative = condition | {"text": jnp.broadcast_to(negative_text, condition["text"].shape)}
     # Each sample has a key of its own, so its noise does not depend on the batch it sits in.
     noise = jax.vmap(lambda key: jax.random.normal(key, networks.latent_shape(*size)))(keys)
 
@@ -80,7 +80,7 @@ def _image_program(
 
 
 @functools.partial(jax.jit, static_argnames=("networks", "steps", "fast", "mask_id", "end_id"))
-def _text_program(params, keys, images, ids, known, *, networks, steps, fast, mask_id, end_id):
+def text_program(params, keys, images, ids, known, *, networks, steps, fast, mask_id, end_id):
     """Images uint8 `[B, H, W, 3]`, prompt ids int32 `[B, T]` where `known` -> int32 `[B, T]`, cut at the first end."""
     latents = networks.encode_images(params, to_unit_range(images))
     vocabulary = networks.transformer.config.vocab_size
@@ -228,7 +228,7 @@ class UniAlignPipeline:
 
         def run(keys, ids, *pictures):
             pictures = pictures or (None, None)
-            return _image_program(
+            return image_program(
                 self.params,
                 keys,
                 ids,
@@ -282,7 +282,7 @@ class UniAlignPipeline:
             ids, known = np.stack([pair[0] for pair in pairs]), ~np.stack([pair[1] for pair in pairs])
 
         def run(keys, pixels, ids, known):
-            return _text_program(
+            return text_program(
                 self.params,
                 keys,
                 pixels,
