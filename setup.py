@@ -4,8 +4,10 @@ import pathlib
 
 from setuptools import find_packages, setup
 
+# The TPU compiler, for the ahead-of-time verdict: no TPU is needed to use it.
+TPU = ["jax[tpu]>=0.10.2,<0.12"]
 # torch is pinned: a newer one would be downloaded with gigabytes of CUDA libraries that the tests do not use.
-TEST = ["diffusers>=0.35", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "torch==2.13.0", "transformers>=4.55"]
+TEST = [*TPU, "diffusers>=0.35", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "torch==2.13.0", "transformers>=4.55"]
 
 setup(
     name="unialign_jax",
@@ -39,7 +41,7 @@ setup(
     ],
     extras_require={
         "test": TEST,
-        "tpu": ["jax[tpu]>=0.10.2,<0.12"],
+        "tpu": TPU,
         "gpu": ["jax[cuda13]>=0.10.2,<0.12"],
         "convert": ["torch>=2.8"],  # only to read a .pth mask-token vector
     },

@@ -128,7 +128,7 @@ def make_table(path: epath.PathLike) -> None:
     if MARKER not in text:
         raise ValueError(f"{path}: expected the line {MARKER!r}, below which the table goes")
     rows = []
-    for case in CASES:
+    for case in CASES:  # the table is renewed after each, so that an interrupted run leaves one
         file = path.parent / path.stem / f"{case.name}.json"
         if not file.exists():
             print(f"compiling {case.name}", flush=True)
@@ -136,7 +136,7 @@ def make_table(path: epath.PathLike) -> None:
             if done.returncode:
                 raise ValueError(f"{case.name}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
         rows.append(_row(json.loads(file.read_text())))
-    path.write_text(text[: text.index(MARKER)] + MARKER + "\n\n" + "\n".join([_HEAD, *rows]) + "\n")
+        path.write_text(text[: text.index(MARKER)] + MARKER + "\n\n" + "\n".join([_HEAD, *rows]) + "\n")
 
 
 _COLUMNS = (
