@@ -22,6 +22,7 @@ from unialign_jax.data.tokenizer import Tokenizer
 from unialign_jax.diffusion import flow_matching, masked_text
 from unialign_jax.models.unialign import check_latent_size
 from unialign_jax.networks import Networks
+from unialign_jax.parallel import constrain
 
 # What the published sampling scripts use.
 NEGATIVE_PROMPT = (
@@ -76,7 +77,8 @@ def _image_program(
         guidance_interval=interval,
     )
     pixels = networks.decode_images(params, latents)
-    return jnp.round((jnp.clip(pixels, -1, 1) + 1) * 127.5).astype(jnp.uint8)
+    images = jnp.round((jnp.clip(pixels, -1, 1) + 1) * 127.5).astype(jnp.uint8)
+    return constrain(images, None, None, None, None)  # whole on every device: each process of a run reads them
 
 
 @functools.partial(jax.jit, static_argnames=("networks", "steps", "fast", "mask_id", "end_id"))
@@ -97,7 +99,7 @@ def _text_program(params, keys, images, ids, known, *, networks, steps, fast, ma
         tokens = masked_text.sample_confident(logits, ids, known, num_steps=steps, mask_id=mask_id)
     else:
         tokens = masked_text.sample_ancestral(logits, ids, known, uniforms, num_steps=steps, mask_id=mask_id)
-    return masked_text.cut_at_end(tokens, known, end_id)
+    return constrain(masked_text.cut_at_end(tokens, known, end_id), None, None)
 
 
 class UniAlignPipeline:
