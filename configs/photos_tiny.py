@@ -29,6 +29,7 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
     config.strategy = "fsdp"
     config.trained = ("transformer", "text_encoder")
     config.init = config_dict.placeholder(str)
+    config.init_average = True
     config.micro_batches = 1
 
     config.model = {
@@ -99,6 +100,7 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
         "temperature": 0.07,
         "semantic_depth": 2,
         "text_dropout": 0.1,
+        "reference_dropout": 0.0,
         "pool_padding": True,
     }
     config.optimizer = {
