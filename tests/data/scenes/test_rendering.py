@@ -24,7 +24,7 @@ AREAS = {
     "triangle": 1.85,
     "diamond": 2,
     "cross": 4 * 0.5 - 0.25,
-    "ring": np.pi * (0.75 + (1.2 / 6) ** 2),
+    "ring": np.pi * (0.75 + (1.2 / 5.5) ** 2),
 }
 
 
@@ -44,10 +44,10 @@ def coverage(scene, size):
 @pytest.mark.parametrize("size", [32, 100, 256])
 @pytest.mark.parametrize("shape", AREAS)
 def test_areas_and_centres(shape, size):
-    for extent, radius in (("small", 4 / 32), ("large", 6 / 32)):
+    for extent, radius in (("small", 4 / 32), ("large", 5.5 / 32)):
         if extent == "small" and shape in ("cross", "ring"):
             continue
-        for place, (x, y) in {"top left": (7, 7), "right": (25, 16), "bottom": (16, 25)}.items():
+        for place, (x, y) in {"top left": (8, 8), "right": (24, 16), "bottom": (16, 24)}.items():
             seen = coverage(alone(shape, size=extent, place=place, direction="down"), size)
             area = seen.sum() / (size * radius) ** 2
             assert area == pytest.approx(AREAS[shape], rel=0.025), (extent, place)
@@ -66,15 +66,15 @@ def test_the_nearer_thing_hides_the_farther_and_no_marker_is_ever_hidden(size):
         return int(y * size / 32), int(x * size / 32)
 
     row = rendering.render(Scene((squares["top left"], squares["top"]), "grey"), size)
-    assert row[at(11.5, 7)].tolist() == list(COLOURS[squares["top"].colour])
+    assert row[at(12, 8)].tolist() == list(COLOURS[squares["top"].colour])
     column = rendering.render(Scene((squares["top left"], squares["left"]), "grey"), size)
-    assert column[at(7, 11.5)].tolist() == list(COLOURS[squares["left"].colour])
-    # Within 3/32 of its centre, where its marker is, a thing looks as if it were alone.
-    middle = slice(13 * size // 32, 19 * size // 32)
+    assert column[at(8, 12)].tolist() == list(COLOURS[squares["left"].colour])
+    # Within 2.5/32 of its centre, where its marker is, a thing looks as if it were alone.
+    middle = slice(-(-27 * size // 64), 37 * size // 64)
     for direction in DIRECTIONS:
         ring = Thing("ring", "pink", "large", "centre", direction)
         free = rendering.render(Scene((ring,), "grey"), size)
-        assert free[middle, middle].min() == 0
+        assert free[middle, middle].max(axis=-1).min() < 20
         for front in (
             ("right", "bottom left", "bottom"),
             ("top left", "left", "right"),
@@ -112,9 +112,9 @@ def test_maps():
     expected = (padded[:-1, :-1] != padded[1:, :-1]) | (padded[:-1, :-1] != padded[:-1, 1:])
     assert (images["edges"][..., 0] == 255 * expected).all()
     # Pose: the strokes' ends, in the colours of their directions.
-    assert images["pose"][7 * 3, 10 * 3 - 1].tolist() == list(rendering.POSE_COLOURS["right"])
-    assert images["pose"][28 * 3 - 1, 25 * 3].tolist() == list(rendering.POSE_COLOURS["down"])
-    assert not images["pose"][28 * 3, 7 * 3].any()
+    assert images["pose"][8 * 3, 11 * 3].tolist() == list(rendering.POSE_COLOURS["right"])
+    assert images["pose"][27 * 3, 24 * 3].tolist() == list(rendering.POSE_COLOURS["down"])
+    assert not images["pose"][24 * 3, 8 * 3].any()
 
 
 def test_a_picture_is_a_pure_function_of_the_scene():

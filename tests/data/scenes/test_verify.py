@@ -101,7 +101,7 @@ def test_images_that_are_no_scene_are_named():
     assert verify.read_image(crowd) == Unread("5 things; a scene has at most 4")
 
     def blob(image):
-        image[9:17, 18:24] = (0, 200, 0)  # between the places
+        image[8:16, 16:24] = (0, 200, 0)  # between the places
 
     def colour(image):
         image[(image == (225, 30, 40)).all(axis=-1)] = (120, 255, 160)
@@ -159,18 +159,18 @@ def test_scores_of_maps():
         changed = Scene((turned, *scene.things[1:]), scene.background)
         assert not verify.pose_exact(maps["pose"], changed)
         assert not verify.pose_exact(maps["pose"], Scene(scene.things[1:], scene.background))
-    # Half of a square that fills a fifth of the image: hand-made intersections.
-    square = Scene((Thing("square", "red", "large", "centre"),), "grey")
+    # A square of 8 x 8 pixels: intersections by hand.
+    square = Scene((Thing("square", "red", "small", "centre"),), "grey")
     mask = rendering.render_map(square, "segmentation", 32)
     half = mask.copy()
     half[:, :16] = 0
-    assert verify.segmentation_iou(half, square) == pytest.approx((72 / 144 + 880 / 952) / 2)
-    assert verify.segmentation_iou(np.zeros_like(mask), square) == pytest.approx((0 + 880 / 1024) / 2)
+    assert verify.segmentation_iou(half, square) == pytest.approx((32 / 64 + 960 / 992) / 2)
+    assert verify.segmentation_iou(np.zeros_like(mask), square) == pytest.approx((0 + 960 / 1024) / 2)
     depth = rendering.render_map(square, "depth", 32)
-    assert verify.depth_error(np.zeros_like(depth), square) == pytest.approx(144 * (95 + 160 * 4 // 8) / 255 / 1024)
+    assert verify.depth_error(np.zeros_like(depth), square) == pytest.approx(64 * (95 + 160 * 4 // 8) / 255 / 1024)
     edges = rendering.render_map(square, "edges", 32)
     assert verify.edge_score(np.zeros_like(edges), square) == 0
-    assert verify.edge_score(np.full_like(edges, 255), square) == pytest.approx(2 * 47 / (1024 + 47))
+    assert verify.edge_score(np.full_like(edges, 255), square) == pytest.approx(2 * 31 / (1024 + 31))
 
 
 def test_arrays_that_are_no_images():

@@ -1,8 +1,11 @@
 """Scene -> pixels: the picture, and its perception maps. Pure functions, at any size.
 
-In 32nds of the image's side: places are centred at 7, 16 and 25; small things have a radius of 4, large ones of 6, so
+In 32nds of the image's side: places are centred at 8, 16 and 24; small things have a radius of 4, large ones of 5.5, so
 neighbours overlap by up to 3, and the nearer one hides that much of the other. The marker, a dot of radius 1.2 at a
-distance of 1.6 from the centre, stays within 3 of it: nothing ever hides it. The outermost 32nd is always background.
+distance of 1.3 from the centre, stays within 2.5 of it: nothing ever hides it. The outermost 2.5 are always background.
+
+All centres are corners of the 4-pixel patches of a 32-pixel image (and of 8-pixel patches at 64): what a thing looks
+like to a network that sees patches does not depend on its place.
 """
 
 import functools
@@ -13,10 +16,10 @@ from unialign_jax.data.scenes.world import BACKGROUNDS, COLOURS, PLACES, SHAPES,
 
 MAPS = ("depth", "edges", "pose", "segmentation")
 GRID = 32
-CENTRES = (7 / GRID, 16 / GRID, 25 / GRID)
-RADII = {"small": 4 / GRID, "large": 6 / GRID}
-MARKER_OFFSET, MARKER_RADIUS = 1.6 / GRID, 1.2 / GRID
-STICK = 3 / GRID  # length of the pose map's strokes
+CENTRES = (8 / GRID, 16 / GRID, 24 / GRID)
+RADII = {"small": 4 / GRID, "large": 5.5 / GRID}
+MARKER_OFFSET, MARKER_RADIUS = 1.3 / GRID, 1.2 / GRID
+STICK = 2.5 / GRID  # length of the pose map's strokes
 # What shape has which colour in the segmentation map, and what direction in the pose map; the rest is black.
 SEGMENT_COLOURS = dict(zip(SHAPES, COLOURS.values(), strict=True))
 POSE_COLOURS = {"up": (255, 60, 60), "right": (60, 220, 60), "down": (70, 90, 255), "left": (255, 230, 60)}
