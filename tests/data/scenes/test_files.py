@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from unialign_jax.data.samples import TASKS
@@ -91,6 +92,9 @@ def test_records_are_the_examples(prepared):
         assert Scene.from_json(json.loads(record["scene"])) == example.target.scene
 
 
-def test_ready_configurations():
+def test_ready_configurations(tmp_path):
+    ready = tfds.builder("scenes/edit_64", data_dir=tmp_path)
+    assert isinstance(ready, builder.Scenes)
+    assert (ready.builder_config.task, ready.builder_config.size) == ("edit", 64)
     names = {config.name for config in builder.Scenes.BUILDER_CONFIGS}
     assert {f"{task}_{size}" for task in TASKS for size in (32, 64, 256)} == names
