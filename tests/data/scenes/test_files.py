@@ -1,5 +1,6 @@
 """Scenes as files: JSONL rows that the readers take, and a TFDS data set that is the same however it is made."""
 
+import io
 import json
 import subprocess
 import sys
@@ -9,9 +10,10 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from unialign_jax.data.jsonl import JsonlSource
 from unialign_jax.data.samples import TASKS
 from unialign_jax.data.scenes import Scene, builder, draw, verify, write_corpus
-from unialign_jax.data.sources import JsonlSource
+from unialign_jax.data.tfds_source import TfdsSource
 
 
 def contents(folder):
@@ -90,6 +92,15 @@ def test_records_are_the_examples(prepared):
             assert (pixels == picture.render(32)).all()
         assert record["instruction"].decode() == example.instruction and record["caption"].decode() == example.caption
         assert Scene.from_json(json.loads(record["scene"])) == example.target.scene
+
+
+def test_the_input_pipeline_reads_it(prepared):
+    source = TfdsSource(prepared[1].data_path, split="test")
+    assert len(source) == 20
+    sample, example = source[3], draw("compose", 3, subset="test")
+    assert (sample.task, sample.caption, sample.instruction) == ("compose", example.caption, example.instruction)
+    for data, picture in zip((sample.target, *sample.references), (example.target, *example.references), strict=True):
+        assert (np.asarray(Image.open(io.BytesIO(data))) == picture.render(32)).all()
 
 
 def test_ready_configurations(tmp_path):
