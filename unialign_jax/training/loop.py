@@ -26,17 +26,21 @@ from unialign_jax.networks import Networks, Params, build_networks
 from unialign_jax.state import TrainState, create_state
 from unialign_jax.training import flops, run_config, saved_config, writers
 from unialign_jax.training.metrics import DelayedMetrics, Stopwatch, progress_line
+from unialign_jax.training.profiling import StepProfiler
 from unialign_jax.training.run_config import RunConfig
 from unialign_jax.training.samples import sample_grid
 from unialign_jax.training.step import make_train_step
 
 
-def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainState:
+def train(
+    config: ml_collections.ConfigDict, workdir: epath.PathLike, *, profile_steps: tuple[int, int] | None = None
+) -> TrainState:
     """Trains one stage to its last step, resuming where `workdir` holds checkpoints of it.
 
     Args:
       config: see `run_config.RunConfig`; `configs/` has examples.
       workdir: the stage's files go to a sub-directory named after it.
+      profile_steps: first and last step to record for XProf, see `profiling.StepProfiler`.
 
     Returns:
       The state after the last step.
@@ -133,6 +137,8 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
         )
         compiled: dict[Any, Any] = {}
         window, watch = DelayedMetrics(), Stopwatch()
+        profiler = StepProfiler(profile_steps if speaks else None, directory)
+        stack.callback(profiler.close)
         for step in range(start + 1, run.steps + 1):
             source = _name_of_next(run, batches)
             with watch.waiting():
@@ -144,22 +150,28 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
                     begin = time.perf_counter()
                     compiled[bucket] = train_step.lower(state, frozen, batch, step_key).compile()
                     say(f"compiled the step for {source!r} in {time.perf_counter() - begin:.1f} s")
-            with jax.transfer_guard("disallow"):
+            profiler.before(step, window.drain)
+            with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = compiled[bucket](state, frozen, batch, step_key)
             window.push(step, source, metrics, run.data.global_batch, _step_flops(run, networks, batch))
 
+            if (profile := profiler.after(step, window.drain)) is not None:
+                say(f"profile of steps {profile_steps[0]} to {step}: {profile}")
             last = step == run.steps
-            if last or step % run.log.every == 0:
-                if last:
+            saving = last or step % run.checkpoint.every == 0
+            if saving or step % run.log.every == 0:
+                if saving:
+                    # So that a state after a loss that is not finite is never saved, and that no average spans a save:
+                    # a resumed run then writes the points that the uninterrupted one does.
                     window.drain()
                 losses, work = window.averages()
                 if work.steps:  # none yet, if this comes sooner than the values do
                     rates = watch.lap(work)
                     writer.write_scalars(step, losses | rates)
                     say(progress_line(step, run.steps, rates, losses))
-            if last or step % run.checkpoint.every == 0:
-                window.drain()  # so that a state after a loss that is not finite is never saved
+            if saving:
                 with watch.paused():
+                    writer.flush()  # a resumed run does not write again what lies before the step it resumes at
                     checkpoints.save(step, state, batches.get_state(), meta)
             if held_batch is not None and (last or step % run.log.samples_every == 0):
                 window.drain()
