@@ -170,7 +170,7 @@ def kill_somewhere(attempt: Attempt, workdir: pathlib.Path, how: str, rng: rando
 def test_a_run_killed_at_random_moments_is_the_uninterrupted_one(command, tmp_path):
     rng = random.Random(20)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    reference, begin = Attempt(command, whole, "--profile_steps=3:4"), time.monotonic()
+    reference, begin = Attempt(command, whole, "--profile_steps=5:8"), time.monotonic()
     reference.wait_until(lambda: "trained parameters" in reference.text)
     start_seconds = 1.3 * (time.monotonic() - begin)
     reference.finish()
@@ -205,4 +205,4 @@ def test_a_run_killed_at_random_moments_is_the_uninterrupted_one(command, tmp_pa
     events = [event for plane in jax.profiler.ProfileData.from_file(str(profile)).planes for line in plane.lines
               for event in line.events]  # fmt: skip
     steps = {value for event in events if event.name == "train" for name, value in event.stats if name == "step_num"}
-    assert steps == {3, 4} and str(profile.parent) in reference.text
+    assert steps == {5, 6, 7, 8} and str(profile.parent) in reference.text
