@@ -128,8 +128,12 @@ def initial_params(
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shardings = jax.tree.map(lambda leaf: leaf.sharding or here, dict(abstract))
     if source is None:
-        init = jax.jit(lambda key: {name: networks.init(key)[name] for name in abstract}, out_shardings=shardings)
-        return init(key)
+
+        def init(key):
+            params = networks.init(key)
+            return {name: params[name] for name in abstract}
+
+        return jax.jit(init, out_shardings=shardings)(key)
     path = locate(source)
     if not store.is_converted(path):
         return _step_params(path, abstract, average)
