@@ -57,7 +57,7 @@ SMALL = {
 def command(tmp_path_factory):
     """The training command, without its working directory."""
     folder = tmp_path_factory.mktemp("corpus")
-    scenes.write_corpus(folder, count=12, size=16)
+    scenes.write_corpus(folder, count=12, size=16, chosen=["generate"])
     config = folder / "config.py"
     config.write_text(
         textwrap.dedent(f"""

@@ -7,6 +7,7 @@ Every process of a run executes all of it; process 0 alone writes the logs. A ru
 import contextlib
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from etils import epath
 from unialign_jax import agreement, distributed, parallel, pretrained, storage
 from unialign_jax.batch import Batch
 from unialign_jax.checkpoints import Checkpoints
-from unialign_jax.data.pipeline import make_batches, merge_states
+from unialign_jax.data.pipeline import Batches, make_batches, merge_states
 from unialign_jax.data.samples import Refused
 from unialign_jax.data.sources import open_source
 from unialign_jax.data.tokenizer import PlainTokenizer, Tokenizer
@@ -33,7 +34,11 @@ from unialign_jax.training.samples import sample_grid
 
 
 def train(
-    config: ml_collections.ConfigDict, workdir: epath.PathLike, *, profile_steps: tuple[int, int] | None = None
+    config: ml_collections.ConfigDict,
+    workdir: epath.PathLike,
+    *,
+    profile_steps: tuple[int, int] | None = None,
+    make_batches: Callable[..., Batches] = make_batches,
 ) -> TrainState:
     """Trains one stage to its last step, or until SIGTERM; resumes where `workdir` holds checkpoints of it.
 
@@ -41,6 +46,7 @@ def train(
       config: see `run_config.RunConfig`; `configs/` has examples.
       workdir: the stage's files go to a sub-directory named after it.
       profile_steps: first and last step to record for XProf, see `profiling.StepProfiler`.
+      make_batches: makes the input pipeline; the loop's benchmark puts recorded batches in its place.
 
     Returns:
       The state after the last step, which is saved.

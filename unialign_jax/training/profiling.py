@@ -3,6 +3,7 @@
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 
 import jax
 from etils import epath
@@ -23,22 +24,22 @@ class StepProfiler:
     """
 
     def __init__(self, steps: tuple[int, int] | None, directory: epath.Path):
-        self._first, self._last = steps or (0, 0)
+        self._steps = range(steps[0], steps[1] + 1) if steps else range(0)
         self._directory = directory
         self._recording: str | None = None
 
-    def before(self, step: int, wait) -> None:
+    def before(self, step: int, wait: Callable[[], None]) -> None:
         """Starts at the first step. `wait` is called then, for the steps before it: they are not to be recorded."""
-        if self._recording is None and self._first <= step <= self._last:
+        if self._recording is None and step in self._steps:
             wait()
             self._recording = tempfile.mkdtemp(prefix="profile-")  # the recorder knows no object stores
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # every Python call is too much: it slows what is to be seen
             jax.profiler.start_trace(self._recording, profiler_options=options)
 
-    def after(self, step: int, wait) -> epath.Path | None:
+    def after(self, step: int, wait: Callable[[], None]) -> epath.Path | None:
         """Ends after the last step, for which it waits; returns where the profile is then."""
-        if self._recording is None or step < self._last:
+        if self._recording is None or step < self._steps[-1]:
             return None
         wait()
         jax.profiler.stop_trace()
@@ -58,7 +59,7 @@ class StepProfiler:
         for file in folder.iterdir():
             file.copy(kept / file.name, overwrite=True)
         shutil.rmtree(recorded)
-        self._first, self._last = 0, 0
+        self._steps = range(0)  # once
         return kept
 
 
