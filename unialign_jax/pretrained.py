@@ -1,4 +1,4 @@
-"""Models from directories: a run's stage, one of its steps, or a converted directory, all read the same way."""
+"""Models from directories: a run's stage, one of its steps, a converted or a public one, all read the same way."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -8,9 +8,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from etils import epath
+from jax.sharding import Mesh
 
+from unialign_jax import parallel
 from unialign_jax.checkpoints import Checkpoints
-from unialign_jax.convert import store
+from unialign_jax.convert import open_pipeline, store
 from unialign_jax.data.tokenizer import Tokenizer
 from unialign_jax.networks import Networks, build_networks
 
@@ -18,6 +20,7 @@ from unialign_jax.networks import Networks, build_networks
 PUBLISHED_TEXT_LENGTH = 256
 PUBLISHED_IMAGE_SIZE = 512
 SAMPLED = ("transformer", "text_encoder", "autoencoder")
+_SHIPPED = epath.Path(__file__).parent / "checkpoints_shipped"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,36 +47,53 @@ class Model:
 
 
 def load(
-    directory: epath.PathLike, *, dtype: str = "bfloat16", param_dtype: str | None = None, average: bool = True
+    directory: epath.PathLike,
+    *,
+    dtype: str = "bfloat16",
+    param_dtype: str | None = None,
+    average: bool = True,
+    mesh: Mesh | None = None,
 ) -> Model:
     """Reads a model.
 
     Args:
-      directory: local or `gs://`: a run's stage directory (its newest step), `.../checkpoints/STEP` of one, or a
-        directory written by `launch/convert.py --to=jax`.
+      directory: local or `gs://`: a run's stage directory (its newest step), `.../checkpoints/STEP` of one, a
+        directory written by `launch/convert.py --to=jax`, a local public PyTorch pipeline directory, or the name of a
+        checkpoint that comes with the package (`shipped`).
       dtype: compute dtype, "bfloat16" or "float32".
       param_dtype: dtype of the parameters; None: the compute dtype (what sampling needs).
       average: of a run, take the moving average of the parameters where one was kept.
+      mesh: where the parameters go, split by the plan of training; None: whole on the first device.
 
     Raises:
       FileNotFoundError: nothing of the kind is there; the message says what was looked for.
       ValueError: it is damaged, or of another format.
     """
     path = epath.Path(directory).expanduser().resolve()
+    if not path.exists() and str(directory) in shipped():
+        path = _SHIPPED / str(directory)
     param_dtype = jnp.dtype(param_dtype or dtype)
     if (path / store.MODEL_FILE).exists():
-        return _load_converted(path, dtype, param_dtype)
+        return _load_converted(path, dtype, param_dtype, mesh)
     if (path / "checkpoints").is_dir():
-        return _load_run(path, None, dtype, param_dtype, average)
+        return _load_run(path, None, dtype, param_dtype, average, mesh)
     if path.name.isdigit() and path.parent.name == "checkpoints" and path.is_dir():
-        return _load_run(path.parent.parent, int(path.name), dtype, param_dtype, average)
+        return _load_run(path.parent.parent, int(path.name), dtype, param_dtype, average, mesh)
+    if (path / "transformer" / "config.json").exists():
+        return _load_public(path, dtype, param_dtype, mesh)
     stages = sorted(p.parent.name for p in path.glob("*/checkpoints")) if path.is_dir() else []
     if stages:
         raise FileNotFoundError(f"{path} holds several stages of a run; name one: {', '.join(stages)}")
     raise FileNotFoundError(
-        f"{path} is no checkpoint: expected a run's stage directory (with checkpoints/), a step in it, or a converted "
-        f"directory (with {store.MODEL_FILE})"
+        f"{path} is no checkpoint: expected a run's stage directory (with checkpoints/), a step in it, a converted "
+        f"directory (with {store.MODEL_FILE}), a public pipeline directory (with transformer/), or the name of a shipped "
+        f"checkpoint, of which this package has {', '.join(shipped()) or 'none'}"
     )
+
+
+def shipped() -> list[str]:
+    """Names of the checkpoints that come with the package, converted directories in its data."""
+    return sorted(path.parent.name for path in _SHIPPED.glob(f"*/{store.MODEL_FILE}"))
 
 
 def initial_params(networks: Networks, key: jax.Array, names: Iterable[str], source: str | None) -> dict[str, Any]:
@@ -118,38 +138,72 @@ def _restore(directory: epath.Path, network: str, dtype: Any) -> Any:
     return store.restore_network(directory, network, dtype=dtype, shardings=sharding)
 
 
-def _load_converted(path: epath.Path, dtype: str, param_dtype: Any) -> Model:
-    description = store.read_config(path)
-    networks = build_networks(dict(description) | {"teacher": None}, dtype=dtype)
-    names = [name for name in SAMPLED if description.get(name)]
-    params = {name: _restore(path, name, param_dtype) for name in names}
-    params.setdefault("autoencoder", {})
-    limit = PUBLISHED_IMAGE_SIZE
-    side = min(limit, networks.transformer.config.sample_size * networks.codec.downsample)
-    return Model(
-        networks=networks,
-        params=params,
-        tokenizer=Tokenizer.load(path / "tokenizer"),
-        text_length=PUBLISHED_TEXT_LENGTH,
-        size=(side, side),
-        description=description,
-        tokenizer_directory=path / "tokenizer",
+def _placed(networks: Networks, dtype: Any, mesh: Mesh | None) -> dict[str, Any]:
+    """The networks in `SAMPLED` as trees of `jax.ShapeDtypeStruct` that say where each array goes."""
+    boxed = {name: tree for name, tree in networks.abstract().items() if name in SAMPLED}
+    if mesh is None:
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: here, nn.unbox(boxed))
+    else:
+        shardings = parallel.param_shardings(boxed, mesh, check=False)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding), nn.unbox(boxed), shardings
     )
 
 
-def _load_run(stage: epath.Path, step: int | None, dtype: str, param_dtype: Any, average: bool) -> Model:
+def _load_converted(path: epath.Path, dtype: str, param_dtype: Any, mesh: Mesh | None) -> Model:
+    description = store.read_config(path)
+    networks = build_networks(dict(description) | {"teacher": None}, dtype=dtype)
+    wanted = _placed(networks, param_dtype, mesh)
+    params = {}
+    for name, tree in wanted.items():
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, tree)
+        params[name] = store.restore_network(path, name, dtype=param_dtype, shardings=shardings) if tree else {}
+    return _published(networks, params, description, path / "tokenizer")
+
+
+def _load_public(path: epath.Path, dtype: str, param_dtype: Any, mesh: Mesh | None) -> Model:
+    pipeline = open_pipeline(path)
+    networks = build_networks(dict(pipeline.model) | {"teacher": None}, dtype=dtype)
+    wanted = _placed(networks, param_dtype, mesh)
+    params = {name: pipeline.read(name, tree) if tree else {} for name, tree in wanted.items()}
+    if pipeline.tokenizer is None:
+        raise FileNotFoundError(f"{path} holds no tokenizer; copy the whole pipeline directory")
+    return _published(networks, params, pipeline.model, epath.Path(pipeline.tokenizer))
+
+
+def _published(networks: Networks, params: Any, description: Mapping[str, Any], tokenizer: epath.Path) -> Model:
+    side = min(PUBLISHED_IMAGE_SIZE, networks.transformer.config.sample_size * networks.codec.downsample)
+    return Model(
+        networks=networks,
+        params=params,
+        tokenizer=Tokenizer.load(tokenizer),
+        text_length=PUBLISHED_TEXT_LENGTH,
+        size=(side, side),
+        description=description,
+        tokenizer_directory=tokenizer,
+    )
+
+
+def _load_run(
+    stage: epath.Path, step: int | None, dtype: str, param_dtype: Any, average: bool, mesh: Mesh | None
+) -> Model:
     with Checkpoints(stage / "checkpoints", read_only=True) as checkpoints:
         config = checkpoints.meta(step)["config"]
+        networks = build_networks(config["model"] | {"teacher": None}, dtype=dtype)
+        wanted = _placed(networks, jnp.float32, mesh)
         average = average and config["optimizer"]["ema_rate"] > 0
-        trained = checkpoints.restore_params(which="ema" if average else "params", step=step)
-    networks = build_networks(config["model"] | {"teacher": None}, dtype=dtype)
+        abstract = {name: tree for name, tree in wanted.items() if name in config["trained"]}
+        trained = checkpoints.restore_params(abstract, which="ema" if average else "params", step=step)
     init_key, _ = jax.random.split(jax.random.key(config["seed"]))
     frozen = initial_params(networks, init_key, [n for n in SAMPLED if n not in trained], config["init"])
     params = {name: trained.get(name, frozen.get(name)) for name in SAMPLED}
     data = config["data"]
     return Model(
         networks=networks,
-        params=jax.tree.map(lambda x: x.astype(param_dtype), nn.unbox(params)),
+        params=jax.tree.map(
+            lambda x, like: jax.device_put(x.astype(param_dtype), like.sharding), nn.unbox(params), wanted
+        ),
         tokenizer=Tokenizer.load(stage / "tokenizer"),
         text_length=data["text_length"],
         size=(data["height"], data["width"]),

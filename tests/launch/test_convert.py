@@ -70,7 +70,7 @@ def run(tmp_path):
         for _ in range(2)
     )
     config = {
-        "model": model, "seed": 0, "init": None, "optimizer": {"ema_rate": 0.9},
+        "model": model, "trained": ("transformer", "text_encoder"), "seed": 0, "init": None, "optimizer": {"ema_rate": 0.9},
         "data": {"text_length": 8, "height": 16, "width": 16},
     }  # fmt: skip
     with Checkpoints(tmp_path / "stage/checkpoints") as checkpoints:
