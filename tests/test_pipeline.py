@@ -186,12 +186,22 @@ def test_any_aspect_ratio_of_the_position_table(pipeline, aspect):
 
 
 def test_prompts_in_any_script_and_of_any_length(pipeline):
-    prompts = ["", " ", "красный круг", "红色的圆", "دائرة حمراء", "🔴 ⭕", "</s> <extra_id_0>", "a red circle " * 400, "\0"]
+    prompts = [
+        "",
+        " ",
+        "красный круг",
+        "红色的圆",
+        "دائرة حمراء",
+        "🔴 ⭕",
+        "</s> <extra_id_0>",
+        "a red circle " * 400,
+        "\0",
+    ]
     assert len(pipeline.generate(prompts, steps=1)) == len(prompts)
 
 
 def test_up_to_four_references(pipeline):
-    for count in range(1, 5):
+    for count in (3, 4):  # one and two are everywhere in this file
         assert pipeline.compose([picture(i) for i in range(count)], "a circle", steps=1).size == (16, 16)
 
 

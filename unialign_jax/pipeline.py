@@ -40,6 +40,7 @@ class UniAlignPipeline:
       mesh: the devices.
       text_length: T, the number of tokens of every text.
       size: (height, width) in pixels of images where a call gives none.
+      shift: of the noise levels, see `flow_matching.euler_sigmas`.
       batches: the compiled batch sizes.
       progress: whether calls show a progress bar where they do not say.
     """
@@ -52,6 +53,7 @@ class UniAlignPipeline:
         *,
         text_length: int,
         size: tuple[int, int],
+        shift: float = 3.0,
         mesh: Mesh | None = None,
         max_batch: int = 8,
         single_size: bool = False,
@@ -62,7 +64,7 @@ class UniAlignPipeline:
         Args:
           networks: the model.
           params: by name; placed on the mesh if they are not there already.
-          tokenizer, text_length, size, progress: see the class.
+          tokenizer, text_length, size, shift, progress: see the class.
           mesh: see `parallel.make_mesh`; None: that of the parameters, or the first device.
           max_batch, single_size: most items worked on at once, and whether smaller batches are filled up to it instead
             of getting smaller programs (powers of two times the parts that the mesh splits a batch into).
@@ -77,7 +79,7 @@ class UniAlignPipeline:
         shardings = parallel.param_shardings(boxed, self.mesh, check=False)
         self.params = jax.device_put({name: params[name] for name in shardings}, shardings)
         self.networks, self.tokenizer = networks, tokenizer
-        self.text_length, self.size, self.progress = text_length, size, progress
+        self.text_length, self.size, self.shift, self.progress = text_length, size, shift, progress
 
     @classmethod
     def from_pretrained(
@@ -118,6 +120,7 @@ class UniAlignPipeline:
             model.tokenizer,
             text_length=model.text_length,
             size=model.size,
+            shift=model.shift,
             mesh=mesh,
             max_batch=max_batch,
             single_size=single_size,
@@ -248,7 +251,7 @@ class UniAlignPipeline:
         made = programs.image_programs(self.networks, self.mesh)
         branches = 3 if reference_guidance != 1 else 2 if guidance != 1 else 1
         scales = np.asarray([reference_guidance, guidance][3 - branches :] if branches > 1 else [], np.float32)
-        sigmas = programs.sigma_table(steps)
+        sigmas = programs.sigma_table(steps, self.shift)
         runs = flow_matching.guided_runs(sigmas[: steps + 1], guidance_interval, guided=branches > 1)
         watched = (self.progress if progress is None else progress) or preview is not None
 

@@ -19,6 +19,7 @@ from unialign_jax.networks import Networks, build_networks
 # The published length of all texts, and the side of its images: what a converted directory is sampled with.
 PUBLISHED_TEXT_LENGTH = 256
 PUBLISHED_IMAGE_SIZE = 512
+PUBLISHED_SHIFT = 3.0  # of the noise levels of a run's samples, and of its export
 SAMPLED = ("transformer", "text_encoder", "autoencoder")
 _SHIPPED = epath.Path(__file__).parent / "checkpoints_shipped"
 
@@ -33,6 +34,7 @@ class Model:
       tokenizer: of the text encoder.
       text_length: number of tokens of every text.
       size: (height, width) in pixels that it was trained on.
+      shift: of the noise levels, see `flow_matching.euler_sigmas`.
       description: config fields of the networks by name, as `networks.build_networks` takes them.
       tokenizer_directory: where the tokenizer's files are.
     """
@@ -42,6 +44,7 @@ class Model:
     tokenizer: Tokenizer
     text_length: int
     size: tuple[int, int]
+    shift: float
     description: Mapping[str, Any]
     tokenizer_directory: epath.Path
 
@@ -180,6 +183,7 @@ def _published(networks: Networks, params: Any, description: Mapping[str, Any], 
         tokenizer=Tokenizer.load(tokenizer),
         text_length=PUBLISHED_TEXT_LENGTH,
         size=(side, side),
+        shift=description["scheduler"]["shift"],
         description=description,
         tokenizer_directory=tokenizer,
     )
@@ -207,6 +211,7 @@ def _load_run(
         tokenizer=Tokenizer.load(stage / "tokenizer"),
         text_length=data["text_length"],
         size=(data["height"], data["width"]),
+        shift=PUBLISHED_SHIFT,
         description=config["model"],
         tokenizer_directory=stage / "tokenizer",
     )

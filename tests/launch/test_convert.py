@@ -87,6 +87,20 @@ def test_a_training_run_becomes_a_pytorch_directory(convert, run, tmp_path):
     assert Tokenizer.load(tmp_path / "torch/tokenizer").vocab_size == 40
 
 
+def test_the_parameters_themselves_and_the_comparison_with_pytorch(convert, run, tmp_path):
+    directory, average = run
+    done = convert(to="torch", source=directory, target=tmp_path / "torch", average=False, check=True, steps=2)
+    assert done.returncode == 0, done.stderr
+    written = load_torch(tmp_path / "torch/transformer", "transformer")
+    assert not np.array_equal(written["text_head"]["bias"], average["transformer"]["text_head"]["bias"])
+    for task in ("generate: latents differ by", "edit: latents", "compose: latents", "caption: 0 tokens differ: same"):
+        assert task in done.stdout
+    # The average is another model, and that is seen.
+    other = convert(to="torch", source=directory, target=tmp_path / "average", check=True, steps=2)
+    assert other.returncode == 0, other.stderr
+    assert other.stdout.splitlines()[-4:] != done.stdout.splitlines()[-4:]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -60,10 +60,7 @@ def image_programs(networks: Networks, mesh: Mesh) -> ImagePrograms:
         conditions = [textless, full]
         if branches == 3:
             conditions.insert(0, textless | {"mask": jnp.zeros_like(mask)})
-        # Each sample has a key of its own, so its noise does not depend on the batch it sits in.
-        shape = networks.latent_shape(*size)
-        noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds)
-        return noise, tuple(conditions[-branches:])
+        return initial_noise(networks, seeds, size), tuple(conditions[-branches:])
 
     def advance(params, latents, conditions, scales, sigmas, start, stop):
         def velocity(latents, times, condition):
@@ -96,10 +93,16 @@ def image_programs(networks: Networks, mesh: Mesh) -> ImagePrograms:
     )
 
 
-def sigma_table(steps: int) -> np.ndarray:
+def initial_noise(networks: Networks, seeds: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """What samples start from, float32 `[B, h, w, C]`: each has a key of its own, whatever batch it sits in."""
+    shape = networks.latent_shape(*size)
+    return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds)
+
+
+def sigma_table(steps: int, shift: float) -> np.ndarray:
     """The sampler's noise levels in a table whose size does not depend on them, float32 `[MAX_STEPS + 1]`."""
     table = np.zeros(MAX_STEPS + 1, np.float32)
-    table[: steps + 1] = flow_matching.euler_sigmas(steps)
+    table[: steps + 1] = flow_matching.euler_sigmas(steps, shift)
     return table
 
 
