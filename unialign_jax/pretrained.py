@@ -89,8 +89,8 @@ def load(
         raise FileNotFoundError(f"{path} holds several stages of a run; name one: {', '.join(stages)}")
     raise FileNotFoundError(
         f"{path} is no checkpoint: expected a run's stage directory (with checkpoints/), a step in it, a converted "
-        f"directory (with {store.MODEL_FILE}), a public pipeline directory (with transformer/), or the name of a shipped "
-        f"checkpoint, of which this package has {', '.join(shipped()) or 'none'}"
+        f"directory (with {store.MODEL_FILE}), a public pipeline directory (with transformer/), or the name of a "
+        f"shipped checkpoint, of which this package has {', '.join(shipped()) or 'none'}"
     )
 
 

@@ -41,7 +41,8 @@ class Difference:
         verdict = "same" if self.same else "DIFFERENT"
         if self.pixels is None:
             return f"{self.task}: {self.largest:g} tokens differ: {verdict}"
-        return f"{self.task}: latents differ by {self.largest:.2e} (limit {self.limit:g}), pixels by {self.pixels}: {verdict}"
+        found = f"latents differ by {self.largest:.2e} (limit {self.limit:g}), pixels by {self.pixels}"
+        return f"{self.task}: {found}: {verdict}"
 
 
 def compare(

@@ -66,11 +66,12 @@ def run(tmp_path):
     trained = {name: abstract[name] for name in ("transformer", "text_encoder")}
     random = np.random.default_rng(0)
     trained, average = (
-        jax.tree.map(lambda leaf: jnp.asarray(random.standard_normal(leaf.shape, np.float32)), trained)
+        jax.tree.map(lambda leaf: jnp.asarray(0.2 * random.standard_normal(leaf.shape, np.float32)), trained)
         for _ in range(2)
     )
     config = {
-        "model": model, "trained": ("transformer", "text_encoder"), "seed": 0, "init": None, "optimizer": {"ema_rate": 0.9},
+        "model": model, "trained": ("transformer", "text_encoder"), "seed": 0, "init": None,
+        "optimizer": {"ema_rate": 0.9},
         "data": {"text_length": 8, "height": 16, "width": 16},
     }  # fmt: skip
     with Checkpoints(tmp_path / "stage/checkpoints") as checkpoints:
@@ -95,10 +96,6 @@ def test_the_parameters_themselves_and_the_comparison_with_pytorch(convert, run,
     assert not np.array_equal(written["text_head"]["bias"], average["transformer"]["text_head"]["bias"])
     for task in ("generate: latents differ by", "edit: latents", "compose: latents", "caption: 0 tokens differ: same"):
         assert task in done.stdout
-    # The average is another model, and that is seen.
-    other = convert(to="torch", source=directory, target=tmp_path / "average", check=True, steps=2)
-    assert other.returncode == 0, other.stderr
-    assert other.stdout.splitlines()[-4:] != done.stdout.splitlines()[-4:]
 
 
 @pytest.mark.parametrize(

@@ -140,8 +140,8 @@ def open_pipeline(source: str | pathlib.Path) -> PublicPipeline:
     sources.raise_problems(list(components.values()))
     if initialised := [n for n in components["transformer"].initialised if "siglip_adapter" not in n]:
         raise ConversionError(
-            f"{source} lacks {len(initialised)} tensors of the network, such as {initialised[0]}: it is a starting point "
-            "for training, not a model to sample from (launch/convert.py --to=jax prepares it)"
+            f"{source} lacks {len(initialised)} tensors of the network, such as {initialised[0]}: training starts from "
+            "it (launch/convert.py --to=jax prepares it), but it is no model to sample from"
         )
     return PublicPipeline(_model(folders, components), folders.tokenizer, components)
 

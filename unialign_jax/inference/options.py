@@ -14,7 +14,7 @@ Preview = Callable[[int, int, dict[int, np.ndarray]], None]
 class ImageOptions(TypedDict, total=False):
     """Options of the image tasks; what is left out comes from the protocol.
 
-    seed: one per item, or one from which item i takes seed + i. An item's result depends on its seed, not on the others.
+    seed: one per item, or one from which item i takes seed + i. The other items have no part in it.
     steps: Euler steps, up to 1000.
     guidance: classifier-free guidance on the text; 1 is none.
     reference_guidance: guidance on the reference images (InstructPix2Pix's second scale). 1, the default, is the
