@@ -27,6 +27,8 @@ def get_config(stage: str = "unify") -> ml_collections.ConfigDict:
     config.strategy = "fsdp"
     config.trained = ("transformer",)
     config.init = "converted"
+    config.init_average = True
+    config.cached = ()
     config.micro_batches = 1
 
     config.model = {
@@ -115,6 +117,7 @@ def get_config(stage: str = "unify") -> ml_collections.ConfigDict:
         "temperature": 0.07,
         "semantic_depth": 8,
         "text_dropout": 0.1,
+        "reference_dropout": 0.0,
         "pool_padding": True,
     }
     config.optimizer = {

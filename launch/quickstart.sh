@@ -27,7 +27,7 @@ if [ $# -eq 0 ]; then
     --config.model.transformer.mask_token_id=99 --config.model.text_encoder.vocab_size=100
     --config.model.teacher.vocab_size=100)
   say "drawing 512 images of coloured shapes with captions"
-  "$python" -m unialign_jax.data.scenes --target="$out/corpus" --count=512 --size=64
+  "$python" -m unialign_jax.data.scenes --target="$out/corpus" --count=512 --size=64 --task=generate
 fi
 
 say "training a 6.6 M parameter model from scratch (the console line says how long; about 10 minutes on two cores)"

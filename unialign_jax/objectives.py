@@ -30,6 +30,7 @@ class Objective:
       temperature: of the contrastive loss.
       semantic_depth: block after which the adapters read the streams.
       text_dropout: probability that a sample's text condition becomes that of " ".
+      reference_dropout: probability that a sample loses its references; 0 is published.
       pool_padding: whether the pooled text features (of the adapter and of the contrastive loss) average padding in, as
         published, or only what comes before it.
       mask_token_id, end_token_id: ids of the mask and of the end token that pads the text.
@@ -42,6 +43,7 @@ class Objective:
     temperature: float = 0.07
     semantic_depth: int = 8
     text_dropout: float = 0.1
+    reference_dropout: float = 0.0
     pool_padding: bool = True
     mask_token_id: int = 32099
     end_token_id: int = 1
@@ -69,12 +71,17 @@ class Objective:
         masked_ids = masked_text.mask_tokens(
             features.caption_ids, draws.text_time, draws.text_mask, features.caption_loss_mask, self.mask_token_id
         )
-        # One call of the text encoder for both texts, interleaved: a batch that is split over devices stays split.
-        pairs = jnp.stack([features.instruction_ids, masked_ids], axis=1)
-        states = encode_text(pairs.reshape(2 * size, -1)).reshape(size, 2, *features.null_ids.shape, -1)
-        instruction, caption = states[:, 0], states[:, 1]
-        null = encode_text(features.null_ids[None])
-        instruction = jnp.where((draws.text_drop < self.text_dropout)[:, None, None], null, instruction)
+        dropped = (draws.text_drop < self.text_dropout)[:, None]
+        if features.instruction_states is not None:
+            caption = encode_text(masked_ids)
+            instruction = jnp.where(dropped[..., None], features.null_states, features.instruction_states)
+        else:
+            # A dropped condition is the text " ": the encoder reads each row by itself, so its ids can be replaced.
+            ids = jnp.where(dropped, features.null_ids, features.instruction_ids)
+            # One call of the encoder for both texts, interleaved: a batch that is split over devices stays split.
+            pairs = jnp.stack([ids, masked_ids], axis=1)
+            states = encode_text(pairs.reshape(2 * size, -1)).reshape(*pairs.shape, -1)
+            instruction, caption = states[:, 0], states[:, 1]
         depth = self.semantic_depth if features.teacher_image is not None else None
         pool_mask = None if self.pool_padding else _before_padding(features.caption_ids, self.end_token_id)
 
@@ -85,7 +92,7 @@ class Objective:
             instruction,
             sigma * flow_matching.NUM_TRAIN_TIMES,
             references=features.references,
-            reference_mask=features.reference_mask,
+            reference_mask=self._kept_references(features, draws),
             semantic_depth=depth,
             want_text=False,
         )
@@ -117,6 +124,15 @@ class Objective:
             terms["text_align"] = alignment_loss(text_pass.text_semantic, features.teacher_text)
             total = total + self.alignment_weight * (terms["image_align"] + terms["text_align"])
         return total, terms
+
+    def _kept_references(self, features: Features, draws: Draws) -> jax.Array | None:
+        """The reference mask, bool `[B, N]`, False throughout where a sample loses its references."""
+        mask = features.reference_mask
+        if features.references is None or not self.reference_dropout:
+            return mask
+        if mask is None:
+            mask = jnp.ones(features.references.shape[:2], bool)
+        return mask & (draws.reference_drop >= self.reference_dropout)[:, None]
 
 
 def _before_padding(ids: jax.Array, end_id: int) -> jax.Array:

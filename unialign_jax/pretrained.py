@@ -1,7 +1,7 @@
 """Models from directories: a run's stage, one of its steps, a converted or a public one, all read the same way."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
-from unialign_jax import parallel
-from unialign_jax.checkpoints import Checkpoints
-from unialign_jax.convert import open_pipeline, store
+from unialign_jax import agreement, parallel, storage
+from unialign_jax.checkpoints import Checkpoints, saved_steps
+from unialign_jax.convert import ConversionError, open_pipeline, store
 from unialign_jax.data.tokenizer import Tokenizer
 from unialign_jax.networks import Networks, build_networks
+from unialign_jax.tree_checks import describe_differences, flat_leaves
 
 # The published length of all texts, and the side of its images: what a converted directory is sampled with.
 PUBLISHED_TEXT_LENGTH = 256
@@ -72,18 +73,40 @@ def load(
       FileNotFoundError: nothing of the kind is there; the message says what was looked for.
       ValueError: it is damaged, or of another format.
     """
-    path = epath.Path(directory).expanduser().resolve()
-    if not path.exists() and str(directory) in shipped():
-        path = _SHIPPED / str(directory)
     param_dtype = jnp.dtype(param_dtype or dtype)
-    if (path / store.MODEL_FILE).exists():
+    if (epath.Path(directory) / "transformer" / "config.json").exists():
+        return _load_public(epath.Path(directory), dtype, param_dtype, mesh)
+    path = locate(directory)
+    if store.is_converted(path):
         return _load_converted(path, dtype, param_dtype, mesh)
+    return _load_step(path, dtype, param_dtype, average, mesh)
+
+
+def locate(directory: epath.PathLike) -> epath.Path:
+    """Where exactly the model is that a directory stands for: a run's newest step, if it is a stage directory.
+
+    Returns:
+      A converted directory, or `.../checkpoints/STEP`.
+
+    Raises:
+      FileNotFoundError: nothing of the kind is there; the message says what was looked for.
+    """
+    path = storage.absolute(directory)
+    if str(directory) in shipped() and not path.exists():
+        return _SHIPPED / str(directory)
+    return epath.Path(agreement.primary(lambda: str(_locate(path)), FileNotFoundError))
+
+
+def _locate(path: epath.Path) -> epath.Path:
+    if store.is_converted(path):
+        return path
     if (path / "checkpoints").is_dir():
-        return _load_run(path, None, dtype, param_dtype, average, mesh)
+        steps = saved_steps(path / "checkpoints")
+        if not steps:
+            raise FileNotFoundError(f"{path / 'checkpoints'}: holds no complete checkpoint")
+        return path / "checkpoints" / str(steps[-1])
     if path.name.isdigit() and path.parent.name == "checkpoints" and path.is_dir():
-        return _load_run(path.parent.parent, int(path.name), dtype, param_dtype, average, mesh)
-    if (path / "transformer" / "config.json").exists():
-        return _load_public(path, dtype, param_dtype, mesh)
+        return path
     stages = sorted(p.parent.name for p in path.glob("*/checkpoints")) if path.is_dir() else []
     if stages:
         raise FileNotFoundError(f"{path} holds several stages of a run; name one: {', '.join(stages)}")
@@ -99,46 +122,80 @@ def shipped() -> list[str]:
     return sorted(path.parent.name for path in _SHIPPED.glob(f"*/{store.MODEL_FILE}"))
 
 
-def initial_params(networks: Networks, key: jax.Array, names: Iterable[str], source: str | None) -> dict[str, Any]:
-    """What training starts from, float32: parameters of the named networks, random or read from a directory.
+def tokenizer_directory(place: epath.Path) -> epath.Path:
+    """Where the tokenizer is of a model that `locate` has found."""
+    return (place if store.is_converted(place) else place.parent.parent) / "tokenizer"
+
+
+def initial_params(
+    networks: Networks,
+    key: jax.Array,
+    abstract: Mapping[str, Any],
+    source: epath.PathLike | None,
+    *,
+    average: bool = True,
+) -> dict[str, Any]:
+    """What training starts from: parameters of some networks, random or read from a directory.
 
     Args:
       networks: what they are for.
-      key: of the random ones; the same key gives the same parameters for any choice of names.
-      names: of `networks.init`'s keys.
-      source: a converted directory, or None: random.
+      key: of the random ones; the same key gives the same parameters for any choice of networks, on any mesh.
+      abstract: the wanted networks by name, trees of `jax.ShapeDtypeStruct`, float32. Arrays go straight to the devices
+        that their shardings name; those without to the first local one.
+      source: None: random. Else see `load`. Networks that a run did not train are what they were in that run.
+      average: of a run, take the moving average of the parameters where one was kept.
 
     Raises:
-      ValueError: the directory's networks are not those of `networks`.
+      FileNotFoundError: see `locate`.
+      ValueError: the directory's networks are not those of `networks`, which is shown by name, or are damaged.
     """
-    abstract = jax.eval_shape(networks.init, key)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shardings = jax.tree.map(lambda leaf: leaf.sharding or here, dict(abstract))
     if source is None:
-        return jax.jit(lambda key: {name: networks.init(key)[name] for name in names})(key)
+
+        def init(key):
+            params = networks.init(key)
+            return {name: params[name] for name in abstract}
+
+        return jax.jit(init, out_shardings=shardings)(key)
+    path = locate(source)
+    if not store.is_converted(path):
+        return _step_params(path, abstract, average)
+    return agreement.everywhere(lambda: _converted_params(path, abstract, shardings), ConversionError, ValueError)
+
+
+def _converted_params(path: epath.Path, abstract: Mapping[str, Any], shardings: Mapping[str, Any]) -> dict[str, Any]:
     params = {}
-    for name in names:
-        # The pixel codec has no parameters, and then there is nothing to read.
-        params[name] = _restore(epath.Path(source), name, jnp.float32) if abstract[name] else {}
-        differ = _differences(params[name], abstract[name])
-        if differ:
-            raise ValueError(f"{source}: its {name} is not the config's: {'; '.join(differ[:10])}")
+    for name in abstract:
+        if not abstract[name]:  # the pixel codec has no parameters
+            params[name] = {}
+            continue
+        stored = store.open_network(path, name)
+        found = {tuple(leaf.split("/")): jax.ShapeDtypeStruct(x.shape, jnp.float32) for leaf, x in stored.items()}
+        if differences := describe_differences(found, flat_leaves(abstract[name]), prefix=f"{name}/"):
+            raise ValueError(f"{path}: its {name} is not the config's: {differences}")
+        params[name] = store.restore_network(path, name, dtype=jnp.float32, shardings=shardings[name])
     return params
 
 
-def _differences(found: Any, wanted: Any) -> list[str]:
-    shapes = [
-        {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
-        for tree in (found, wanted)
-    ]
-    return [
-        f"{name} is {shapes[0].get(name, 'missing')}, expected {shapes[1].get(name, 'nothing')}"
-        for name in sorted(shapes[0].keys() | shapes[1].keys())
-        if shapes[0].get(name) != shapes[1].get(name)
-    ]
-
-
-def _restore(directory: epath.Path, network: str, dtype: Any) -> Any:
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return store.restore_network(directory, network, dtype=dtype, shardings=sharding)
+def _step_params(path: epath.Path, abstract: Mapping[str, Any], average: bool) -> dict[str, Any]:
+    """Networks of one step of a run: the trained ones from the checkpoint, the others from where the run had them."""
+    step = int(path.name)
+    with Checkpoints(path.parent, read_only=True) as checkpoints:
+        meta = checkpoints.meta(step)
+        config = meta["config"]
+        which = "ema" if average and config["optimizer"]["ema_rate"] > 0 else "params"
+        trained = {name: tree for name, tree in abstract.items() if name in config["trained"]}
+        params = checkpoints.restore_params(trained, which=which, step=step) if trained else {}
+    rest = {name: tree for name, tree in abstract.items() if name not in trained}
+    if rest:
+        networks = build_networks(config["model"])
+        saved = {name: tree for name, tree in nn.unbox(networks.abstract()).items() if name in rest}
+        if differences := describe_differences(flat_leaves(saved), flat_leaves(rest)):
+            raise ValueError(f"{path}: its frozen networks are not the config's: {differences}")
+        init_key, _ = jax.random.split(jax.random.key(config["seed"]))
+        params |= initial_params(networks, init_key, rest, meta["init"], average=config["init_average"])
+    return params
 
 
 def _placed(networks: Networks, dtype: Any, mesh: Mesh | None) -> dict[str, Any]:
@@ -157,21 +214,20 @@ def _placed(networks: Networks, dtype: Any, mesh: Mesh | None) -> dict[str, Any]
 def _load_converted(path: epath.Path, dtype: str, param_dtype: Any, mesh: Mesh | None) -> Model:
     description = store.read_config(path)
     networks = build_networks(dict(description) | {"teacher": None}, dtype=dtype)
-    wanted = _placed(networks, param_dtype, mesh)
     params = {}
-    for name, tree in wanted.items():
+    for name, tree in _placed(networks, param_dtype, mesh).items():
         shardings = jax.tree.map(lambda leaf: leaf.sharding, tree)
         params[name] = store.restore_network(path, name, dtype=param_dtype, shardings=shardings) if tree else {}
-    return _published(networks, params, description, path / "tokenizer")
+    return _published(networks, params, description, tokenizer_directory(path))
 
 
 def _load_public(path: epath.Path, dtype: str, param_dtype: Any, mesh: Mesh | None) -> Model:
     pipeline = open_pipeline(path)
+    if pipeline.tokenizer is None:
+        raise FileNotFoundError(f"{path} holds no tokenizer; copy the whole pipeline directory")
     networks = build_networks(dict(pipeline.model) | {"teacher": None}, dtype=dtype)
     wanted = _placed(networks, param_dtype, mesh)
     params = {name: pipeline.read(name, tree) if tree else {} for name, tree in wanted.items()}
-    if pipeline.tokenizer is None:
-        raise FileNotFoundError(f"{path} holds no tokenizer; copy the whole pipeline directory")
     return _published(networks, params, pipeline.model, epath.Path(pipeline.tokenizer))
 
 
@@ -189,29 +245,19 @@ def _published(networks: Networks, params: Any, description: Mapping[str, Any], 
     )
 
 
-def _load_run(
-    stage: epath.Path, step: int | None, dtype: str, param_dtype: Any, average: bool, mesh: Mesh | None
-) -> Model:
-    with Checkpoints(stage / "checkpoints", read_only=True) as checkpoints:
-        config = checkpoints.meta(step)["config"]
-        networks = build_networks(config["model"] | {"teacher": None}, dtype=dtype)
-        wanted = _placed(networks, jnp.float32, mesh)
-        average = average and config["optimizer"]["ema_rate"] > 0
-        abstract = {name: tree for name, tree in wanted.items() if name in config["trained"]}
-        trained = checkpoints.restore_params(abstract, which="ema" if average else "params", step=step)
-    init_key, _ = jax.random.split(jax.random.key(config["seed"]))
-    frozen = initial_params(networks, init_key, [n for n in SAMPLED if n not in trained], config["init"])
-    params = {name: trained.get(name, frozen.get(name)) for name in SAMPLED}
+def _load_step(path: epath.Path, dtype: str, param_dtype: Any, average: bool, mesh: Mesh | None) -> Model:
+    with Checkpoints(path.parent, read_only=True) as checkpoints:
+        config = checkpoints.meta(int(path.name))["config"]
+    networks = build_networks(config["model"] | {"teacher": None}, dtype=dtype)
+    params = _step_params(path, _placed(networks, jnp.float32, mesh), average)
     data = config["data"]
     return Model(
         networks=networks,
-        params=jax.tree.map(
-            lambda x, like: jax.device_put(x.astype(param_dtype), like.sharding), nn.unbox(params), wanted
-        ),
-        tokenizer=Tokenizer.load(stage / "tokenizer"),
+        params=jax.tree.map(lambda x: x.astype(param_dtype), params),
+        tokenizer=Tokenizer.load(tokenizer_directory(path)),
         text_length=data["text_length"],
         size=(data["height"], data["width"]),
         shift=PUBLISHED_SHIFT,
         description=config["model"],
-        tokenizer_directory=stage / "tokenizer",
+        tokenizer_directory=tokenizer_directory(path),
     )
