@@ -22,7 +22,7 @@ from unialign_jax.data.sources import SourceConfig
 from unialign_jax.networks import build_networks
 from unialign_jax.state import TrainState, create_state, make_optimizer
 from unialign_jax.training import flops
-from unialign_jax.training.run_config import RunConfig
+from unialign_jax.training.run_config import CACHED, RunConfig
 from unialign_jax.training.step import make_train_step
 
 
@@ -40,7 +40,7 @@ class Program:
       run, mesh: as given.
       networks: built from `run.model`.
       state, frozen, key: the step's arguments as trees of `jax.ShapeDtypeStruct` with shardings. `frozen` holds the
-        parameters of the networks that are not trained, float32.
+        parameters, float32, of the networks that the step reads and does not train.
 
     Raises:
       ValueError: networks that can't be built, or a batch, heads or parameters that the mesh does not divide. Nothing
@@ -57,7 +57,9 @@ class Program:
             raise ValueError(f"trained names {', '.join(absent)}, but the model has only {', '.join(boxed)}")
         params = jax.tree.map(_placed, nn.unbox(boxed), parallel.param_shardings(boxed, mesh))
         self.state = self._abstract_state({name: params[name] for name in run.trained})
-        self.frozen = {name: tree for name, tree in params.items() if name not in run.trained}
+        # The text encoder is always read: it encodes the masked captions.
+        unread = {CACHED[part] for part in run.cached if part != "instructions"}
+        self.frozen = {name: tree for name, tree in params.items() if name not in {*run.trained, *unread}}
         self.key = self._whole(jax.eval_shape(jax.random.key, 0))
 
     def batch(self, source: SourceConfig, size: tuple[int, int] | None = None) -> Batch:
@@ -67,28 +69,44 @@ class Program:
           source: whose batch.
           size: height and width of its bucket, in pixels; None: those of the config.
         """
-        data = self.run.data
-        height, width = size or (data.height, data.width)
-        shapes = {
-            "target": ((height, width, 3), jnp.uint8),
-            "caption_ids": ((data.text_length,), jnp.int32),
-            "caption_loss_mask": ((data.text_length,), jnp.bool_),
-            "instruction_ids": ((data.text_length,), jnp.int32),
-        }
+        data, cached = self.run.data, self.run.cached
+        text, pixels = (data.text_length,), (*(size or (data.height, data.width)), 3)
+        whole = {}
+        shapes = {"caption_ids": (text, jnp.int32), "caption_loss_mask": (text, jnp.bool_)}
         if source.references:
-            shapes["references"] = ((source.references, height, width, 3), jnp.uint8)
             shapes["reference_mask"] = ((source.references,), jnp.bool_)
-        if self.networks.teacher is not None:
+        if "latents" in cached:
+            shapes["moments"] = ((1 + source.references, *self._moments(pixels)), jnp.float32)
+        if "latents" not in cached or (self.networks.teacher is not None and "teacher" not in cached):
+            shapes["target"] = (pixels, jnp.uint8)
+        if "latents" not in cached and source.references:
+            shapes["references"] = ((source.references, *pixels), jnp.uint8)
+        if "instructions" in cached:
+            states = (*text, self.networks.transformer.config.joint_attention_dim)
+            dtype = self.networks.text_encoder.dtype
+            shapes["instruction_states"], whole["null_states"] = (states, dtype), (states, dtype)
+        else:
+            shapes["instruction_ids"], whole["null_ids"] = (text, jnp.int32), (text, jnp.int32)
+        if self.networks.teacher is not None and "teacher" in cached:
+            vector = (self.networks.teacher.dim,)
+            shapes["teacher_image"], shapes["teacher_text"] = (vector, jnp.float32), (vector, jnp.float32)
+        elif self.networks.teacher is not None:
             shapes["teacher_ids"] = ((data.teacher_length,), jnp.int32)
             shapes["teacher_mask"] = ((data.teacher_length,), jnp.bool_)
         split = parallel.batch_sharding(self.mesh)
         return Batch(
-            null_ids=self._whole(jax.ShapeDtypeStruct((data.text_length,), jnp.int32)),
+            **{name: self._whole(jax.ShapeDtypeStruct(*leaf)) for name, leaf in whole.items()},
             **{
                 name: jax.ShapeDtypeStruct((data.global_batch, *shape), dtype, sharding=split)
                 for name, (shape, dtype) in shapes.items()
             },
         )
+
+    def _moments(self, pixels: tuple[int, int, int]) -> tuple[int, int, int]:
+        """`[h, w, M]` of the codec's moments of an image."""
+        codec = self.networks.codec
+        image = jax.ShapeDtypeStruct((1, *pixels), jnp.float32)
+        return jax.eval_shape(codec.moments, nn.unbox(self.networks.abstract()["autoencoder"]), image).shape[1:]
 
     def rows(self) -> tuple[int, ...]:
         """Which rows of every global batch the devices of this process hold, ascending."""
