@@ -181,7 +181,7 @@ def train(
                     checkpoints.save(step, state, merge_states(agreement.gather(batches.get_state())), meta)
             if held_batch is not None and (last or step % run.log.samples_every == 0) and not stopping:
                 window.drain()
-                with watch.paused(), jax.set_mesh(program.mesh):
+                with watch.paused():
                     params = {**frozen, **(state.params if state.ema is None else state.ema)}
                     images, text = sample_grid(networks, params, tokenizer, held_batch, run.log)
                     writer.write_images(step, {"samples": images})
