@@ -77,7 +77,7 @@ def train(
         resume_step = latest if run.resume_step is None else run.resume_step
         # Exactly where it started, however far that run has gone on: what is not trained comes from there each time.
         if resume_step is None:
-            init = None if run.init is None else str(pretrained.locate(run.init))
+            init = run.init and agreement.primary(lambda: str(pretrained.locate(run.init)), FileNotFoundError)
         else:
             init = checkpoints.meta(resume_step)["init"]
 
