@@ -18,6 +18,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
+    package_data={"unialign_jax": ["checkpoints_shipped/**/*"]},
     packages=find_packages(include=["unialign_jax", "unialign_jax.*"]),
     install_requires=[
         "jax>=0.10.2,<0.12",
@@ -45,6 +46,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2,<0.12", *GCS],
         "gpu": ["jax[cuda13]>=0.10.2,<0.12"],
         "gcs": GCS,
-        "convert": ["torch>=2.8"],  # only to read a .pth mask-token vector
+        # To read a .pth mask-token vector, and to run what was converted beside the public libraries (--check).
+        "convert": ["diffusers>=0.35", "torch>=2.8", "transformers>=4.55"],
     },
 )
