@@ -27,6 +27,8 @@ def get_config(stage: str = "unify") -> ml_collections.ConfigDict:
     config.strategy = "fsdp"
     config.trained = ("transformer",)
     config.init = "converted"
+    config.init_average = True
+    config.cached = ()
     config.micro_batches = 1
 
     config.model = {

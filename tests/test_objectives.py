@@ -59,7 +59,8 @@ def value_and_grad(transformer, text_encoder):
     @functools.partial(jax.jit, static_argnums=0)
     def compute(objective, params, features, draws, null_text):
         def encode(ids):
-            return null_text if len(ids) == 1 else encoder.apply({"params": text_params}, ids)
+            is_null = jnp.all(ids == features.null_ids, axis=1)[:, None, None]
+            return jnp.where(is_null, null_text, encoder.apply({"params": text_params}, ids))
 
         def loss(params):
             return objective(functools.partial(model.apply, {"params": params}), encode, features, draws)

@@ -71,12 +71,17 @@ class Objective:
         masked_ids = masked_text.mask_tokens(
             features.caption_ids, draws.text_time, draws.text_mask, features.caption_loss_mask, self.mask_token_id
         )
-        # One call of the text encoder for both texts, interleaved: a batch that is split over devices stays split.
-        pairs = jnp.stack([features.instruction_ids, masked_ids], axis=1)
-        states = encode_text(pairs.reshape(2 * size, -1)).reshape(size, 2, *features.null_ids.shape, -1)
-        instruction, caption = states[:, 0], states[:, 1]
-        null = encode_text(features.null_ids[None])
-        instruction = jnp.where((draws.text_drop < self.text_dropout)[:, None, None], null, instruction)
+        dropped = (draws.text_drop < self.text_dropout)[:, None]
+        if features.instruction_states is not None:
+            caption = encode_text(masked_ids)
+            instruction = jnp.where(dropped[..., None], features.null_states, features.instruction_states)
+        else:
+            # A dropped condition is the text " ": the encoder reads each row by itself, so its ids can be replaced.
+            ids = jnp.where(dropped, features.null_ids, features.instruction_ids)
+            # One call of the encoder for both texts, interleaved: a batch that is split over devices stays split.
+            pairs = jnp.stack([ids, masked_ids], axis=1)
+            states = encode_text(pairs.reshape(2 * size, -1)).reshape(*pairs.shape, -1)
+            instruction, caption = states[:, 0], states[:, 1]
         depth = self.semantic_depth if features.teacher_image is not None else None
         pool_mask = None if self.pool_padding else _before_padding(features.caption_ids, self.end_token_id)
 

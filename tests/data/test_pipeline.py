@@ -150,7 +150,7 @@ def test_hosts_make_parts_of_the_same_batches(corpus, rows):
     options = {"refused_share": 0.2}
     with make_batches(config(path, **options), Bytes()) as batches:
         alone = take(batches, 10)
-    for slots in (range(2), range(2, 4), range(3, 4), range(1, 4, 2)):
+    for slots in (range(2), range(2, 4), range(3, 4), (0, 1, 3)):
         with make_batches(config(path, **options), Bytes(), slots=slots) as batches:
             assert take(batches, 10) == [[rows[slot] for slot in slots] for rows in alone]
 
@@ -195,7 +195,7 @@ def test_states_that_make_no_whole_are_refused(corpus):
     with first, second:
         next(first), next(second)
         one, other = first.get_state(), second.get_state()
-        with pytest.raises(ValueError, match=r"of the slots \[2, 4, 1\] alone; expected that of whole batches"):
+        with pytest.raises(ValueError, match=r"of the slots \[2, 3\] alone; expected that of whole batches"):
             second.set_state(other)
         for states in ([one], [one, one]):
             with pytest.raises(ValueError, match=r"hold the slots \[0, 1\], expected 0 to 3"):
@@ -406,5 +406,5 @@ def test_configurations_that_make_no_batches(corpus):
     with pytest.raises(CorpusError, match=r"rows.jsonl: 5 rows don't fill one batch; lower global_batch \(6\)"):
         make_batches(config(path, batch=6), Bytes())
     for slots in (range(0), range(2, 5), range(-1, 2), range(4, 6)):
-        with pytest.raises(ValueError, match=f"slots is {re.escape(str(slots))}, expected a part of the global batch"):
+        with pytest.raises(ValueError, match=f"slots is {re.escape(str(tuple(slots)))}, expected a part"):
             make_batches(config(path), Bytes(), slots=slots)

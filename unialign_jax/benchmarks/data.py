@@ -57,7 +57,7 @@ def run(rows: str | None = None) -> dict[str, Any]:
                 "PyTorch DataLoader": lambda w: _torch(files, w),
             }
             results += _compare(makers, workers)
-    settings = {"size": SIZE, "batch": BATCH, "images": len(files), "cores": os.cpu_count()}
+    settings = {"size": SIZE, "batch": BATCH, "images": len(files)}
     return {"settings": settings, "results": results}
 
 

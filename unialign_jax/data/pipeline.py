@@ -106,7 +106,7 @@ def make_batches(
     tokenizer: Tokenizer,
     teacher_tokenizer: PlainTokenizer | None = None,
     *,
-    slots: range | None = None,
+    slots: Sequence[int] | None = None,
 ) -> "Batches":
     """The endless iterator of this host's part of the batches.
 
@@ -117,15 +117,16 @@ def make_batches(
       config: what to make.
       tokenizer: of the text encoder; texts longer than `text_length` are cut.
       teacher_tokenizer: of the semantic teacher; None leaves the teacher's arrays out.
-      slots: which rows of every global batch this host makes, in order; None: all. Hosts that hold parts of the same
-        samples (model axes that span hosts) have equal slots.
+      slots: which rows of every global batch this host makes, ascending; None: all. Hosts that hold parts of the same
+        samples (model axes that span hosts) have equal slots. They need not be neighbours: a host's chips are not, in
+        a mesh that follows the wires between chips.
 
     Raises:
       CorpusError: a source is missing or empty, or has fewer rows than one batch.
       ValueError: slots that the global batch does not have.
     """
     everything = range(config.global_batch)
-    slots = everything if slots is None else slots
+    slots = tuple(everything if slots is None else slots)
     if not slots or slots[0] not in everything or slots[-1] not in everything:
         raise ValueError(f"slots is {slots}, expected a part of the global batch, {everything}")
     sources = tuple(open_source(source) for source in config.sources)
@@ -171,7 +172,7 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
         values = [state.get(key) for state in states]
         if any(value != values[0] for value in values):
             raise ValueError(f"the hosts' data states differ in {key}: {values}; expected those of one step of one run")
-    by_slots = {range(*state["slots"]): state for state in states}
+    by_slots = {tuple(state["slots"]): state for state in states}
     slots = sorted(slot for part in by_slots for slot in part)
     if slots != list(range(first["global_batch"])):
         raise ValueError(
@@ -179,7 +180,7 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "give the state of every host"
         )
     reports = zip(*(state["reports"] for state in by_slots.values()), strict=True)
-    return first | {"slots": _bounds(range(len(slots))), "reports": [Report.merge(parts) for parts in reports]}
+    return first | {"slots": slots, "reports": [Report.merge(parts) for parts in reports]}
 
 
 class Batches(Iterator[dict[str, np.ndarray]]):
@@ -289,7 +290,7 @@ class _Plan:
     config: DataConfig
     sources: tuple[Source, ...]
     streams: tuple[Stream, ...]
-    slots: range
+    slots: tuple[int, ...]
 
     def weights(self) -> list[float]:
         return [stream.weight for stream in self.streams]
@@ -310,7 +311,7 @@ class _Plan:
 
     def state(self, drawn: list[int], reports: Sequence[Report]) -> dict[str, Any]:
         progress = {"drawn": list(drawn), "reports": [report.state() for report in reports]}
-        return self.identity() | {"slots": _bounds(self.slots)} | progress
+        return self.identity() | {"slots": list(self.slots)} | progress
 
     def take_up(self, state: dict[str, Any]) -> dict[str, Any]:
         """This host's state, from that of the whole pipeline."""
@@ -333,16 +334,15 @@ class _Plan:
                     f"the data state was saved with {key} = {state.get(key)!r}, this pipeline has {here!r}: it "
                     "can't go on exactly. Use the same configuration and files, or start anew."
                 )
-        if list(state["slots"]) != _bounds(range(self.config.global_batch)):
+        if list(state["slots"]) != list(range(self.config.global_batch)):
             raise ValueError(
                 f"the data state is of the slots {state['slots']} alone; expected that of whole batches, which "
                 "merge_states makes of all hosts' states"
             )
 
-    def chunks(self) -> list[range]:
-        """A batch of this host in parts that are read together; each the numbers of its samples in the batch."""
-        count = len(self.slots)
-        return [range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
+    def chunks(self) -> tuple[tuple[int, ...], ...]:
+        """The slots of this host in parts that are read together."""
+        return tuple(self.slots[start : start + _CHUNK] for start in range(0, len(self.slots), _CHUNK))
 
     def elements(self, drawn: Sequence[int]) -> grain.IterDataset:
         """Prepared samples for this host in chunks, batch after batch, after those drawn."""
@@ -351,7 +351,7 @@ class _Plan:
             self.sources,
             self.streams,
             Schedule(self.weights(), drawn),
-            tuple(self.slots[part.start : part.stop] for part in self.chunks()),
+            self.chunks(),
             config.global_batch,
             config.refused_share,
         )
@@ -365,10 +365,6 @@ class _Plan:
         workers = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=_BUFFER_PER_WORKER)
         shared = grain.experimental.DatasetOptions(min_shm_size=_MIN_SHARED_BYTES)
         return grain.experimental.WithOptionsIterDataset(elements, shared).mp_prefetch(workers)
-
-
-def _bounds(slots: range) -> list[int]:
-    return [slots.start, slots.stop, slots.step]
 
 
 def _assemble(plan: _Plan, state: dict[str, Any], out: queue.Queue, stop: threading.Event) -> None:
@@ -400,7 +396,7 @@ def _next_batch(plan: _Plan, elements: Iterator, drawn: list[int], reports: Sequ
             # Grain goes on silently without the elements of a worker process that was killed.
             raise RuntimeError(f"{report.path}: a worker process died, its samples are lost; resume from the state")
         refusals = element.pop("refusals")
-        for slot in plan.slots[chunk.start : chunk.stop]:
+        for slot in chunk:
             report.add((before * plan.config.global_batch + slot) // report.rows, refusals.get(slot))
         if not element:
             raise report.too_many()

@@ -65,7 +65,7 @@ class ReadChunk:
     sources: tuple[Source, ...]
     streams: tuple[Stream, ...]
     schedule: Schedule
-    chunks: tuple[range, ...]
+    chunks: tuple[tuple[int, ...], ...]
     global_batch: int
     refused_share: float
 

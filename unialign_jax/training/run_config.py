@@ -10,6 +10,7 @@ from unialign_jax.data.pipeline import DataConfig, SourceConfig
 from unialign_jax.objectives import Objective
 from unialign_jax.state import OptimizerConfig
 
+CACHED = {"latents": "autoencoder", "instructions": "text_encoder", "teacher": "teacher"}  # part -> who makes it
 NETWORKS = ("transformer", "text_encoder", "autoencoder", "teacher")
 # Not configured: the first two follow from the tokenizer.
 _OBJECTIVE_FROM_TOKENIZER = ("mask_token_id", "end_token_id")
@@ -25,7 +26,8 @@ class TokenizerConfig:
 
     Attributes:
       path: directory of a saved tokenizer.
-      learn_vocab_size: learn one of this size from the captions of the data, once, at the start of the run.
+      learn_vocab_size: learn one of this size from the captions of the data, once, at the start of the run. A run that
+        starts from another (`RunConfig.init`) takes over that one's tokenizer instead: parameters go with their ids.
     """
 
     path: str | None = None
@@ -95,7 +97,11 @@ class RunConfig:
       tokenizer: of the text encoder.
       teacher_tokenizer: directory of the teacher's; None: the teacher reads the text encoder's ids.
       trained: which networks are trained, of `NETWORKS`; the rest is frozen.
-      init: directory of a converted checkpoint to start from; None: random.
+      init: what to start from: a run's stage directory (its newest step), a step in one, or a converted directory;
+        None: random.
+      init_average: of a run, start from the moving average of its parameters where one was kept.
+      cached: what a cache provides instead of the frozen networks, of `CACHED`; the batches then hold these arrays in
+        place of pixels and ids, see `batch.Batch`.
       micro_batches: parts in which a batch is worked off, see `training.step`.
       dtype: compute dtype, "bfloat16" or "float32".
       remat: what the backward pass recomputes, see `models.unialign.REMAT_POLICIES`.
@@ -118,6 +124,8 @@ class RunConfig:
     teacher_tokenizer: str | None = None
     trained: tuple[str, ...] = ("transformer",)
     init: str | None = None
+    init_average: bool = True
+    cached: tuple[str, ...] = ()
     micro_batches: int = 1
     dtype: str = "bfloat16"
     remat: str = "none"
@@ -133,6 +141,10 @@ class RunConfig:
             raise ValueError(f"steps is {self.steps}, expected 1 or more")
         if not self.trained or set(self.trained) - set(NETWORKS):
             raise ValueError(f"trained is {self.trained}, expected one or more of {', '.join(NETWORKS)}")
+        if set(self.cached) - set(CACHED):
+            raise ValueError(f"cached is {self.cached}, expected some of {', '.join(CACHED)}")
+        if stale := [part for part in self.cached if CACHED[part] in self.trained]:
+            raise ValueError(f"cached has {', '.join(stale)}, whose network is trained: a cache would be out of date")
 
 
 def read(config: Any) -> RunConfig:

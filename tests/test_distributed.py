@@ -1,0 +1,154 @@
+"""Start-up, barriers and preemption, with real processes on this machine; whole runs are in `pods/`."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from unialign_jax import distributed
+
+ROOT = pathlib.Path(__file__).parents[1]
+CLUSTER_VARIABLES = ("JAX_COORDINATOR", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM_", "OMPI_", "KUBERNETES_")
+
+# One process of a program: it meets the others, and misses one barrier if it is the late one.
+PROGRAM = """
+import json, sys, time
+from unialign_jax import distributed
+late, arguments, timeout = json.loads(sys.argv[1])
+distributed.initialize(*arguments, timeout=timeout)
+from jax._src import distributed as state
+me = state.global_state.process_id
+seen = {"process": me, "of": state.global_state.num_processes}
+for _ in range(2):
+    distributed.barrier("used twice", 60)
+if me == late:
+    time.sleep(2.5)
+else:
+    try:
+        distributed.barrier("one is missing", 1)
+    except TimeoutError as error:
+        seen["timeout"] = str(error)
+distributed.barrier("all again", 60)
+print(json.dumps(seen))
+"""
+
+
+@pytest.fixture
+def no_cluster(monkeypatch):
+    """An environment in which no cluster can be detected."""
+    for name in list(os.environ):
+        if name.startswith(CLUSTER_VARIABLES):
+            monkeypatch.delenv(name)
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+def run_all(environments, arguments, late=None, timeout=60):
+    """Starts one process per environment and gives (exit code, standard output, standard error) of each."""
+    base = {k: v for k, v in os.environ.items() if not k.startswith(CLUSTER_VARIABLES)}
+    base |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, json.dumps([late, own, timeout])],
+            env=base | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for environment, own in zip(environments, arguments, strict=True)
+    ]
+    try:
+        outcomes = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *outcome) for process, outcome in zip(processes, outcomes, strict=True)]
+
+
+def by_hand(count):
+    port = free_port()
+    return [{}] * count, [[f"localhost:{port}", count, i] for i in range(count)]
+
+
+def by_slurm(count):
+    shared = {
+        "SLURM_JOB_ID": "77",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": str(count),
+        "JAX_COORDINATOR_PORT": str(free_port()),
+    }
+    return [shared | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(count)], [[]] * count
+
+
+@pytest.mark.parametrize(("count", "start"), [(2, by_slurm), (4, by_hand)])
+def test_a_barrier_names_who_is_missing(count, start):
+    late = count - 1
+    outcomes = run_all(*start(count), late)
+    assert [code for code, _, _ in outcomes] == [0] * count, [errors[-800:] for _, _, errors in outcomes]
+    results = [json.loads(output.splitlines()[-1]) for _, output, _ in outcomes]
+    assert [(r["process"], r["of"]) for r in results] == [(i, count) for i in range(count)]
+    for result in results[:-1]:
+        assert "'one is missing': after 1 s" in result["timeout"]
+        assert f"missing: {late} ({socket.gethostname()})." in result["timeout"]
+        assert f"{count - 1} of {count} processes" in result["timeout"]
+    assert "timeout" not in results[late]
+
+
+def test_a_process_that_does_not_start_is_named_to_the_others():
+    environments, arguments = by_hand(3)
+    outcomes = run_all([environments[0], environments[2]], [arguments[0], arguments[2]], timeout=2)
+    for code, output, errors in outcomes:
+        assert code != 0 and f"at {arguments[0][0]}" in output
+        assert "2/3" in errors and "timed out task names:\n1\n" in errors
+
+
+def test_a_process_on_its_own_stays_as_it_is(no_cluster):
+    distributed.initialize()
+    distributed.initialize(num_processes=1)
+    assert not jax.distributed.is_initialized()
+    distributed.barrier("alone", 0.001)
+
+
+def test_open_mpi_is_detected(no_cluster, monkeypatch):
+    monkeypatch.setenv("OMPI_MCA_orte_hnp_uri", "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "16")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "3")
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "3")
+    monkeypatch.setenv("JAX_COORDINATOR_PORT", "1234")
+    assert distributed._placement(None, None, None, 5) == ("10.96.0.1:1234", 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("h:1", 2, 2), "--process_id=2 with --num_processes=2"),
+        (("h:1", 2, None), "--coordinator=h:1, --num_processes=2 without --process_id"),
+        ((None, None, 1), "--process_id=1 without --coordinator and --num_processes"),
+        (("h", 2, 0), "--coordinator=h is not of the form host:port"),
+        (("h:99999", 2, 0), "--coordinator=h:99999 is not of the form host:port"),
+    ],
+)
+def test_incomplete_or_impossible_arguments_are_named(no_cluster, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        distributed.initialize(*arguments, timeout=1)
+
+
+def test_sigterm_stops_a_process_on_its_own_at_the_next_step():
+    before = signal.getsignal(signal.SIGTERM)
+    with distributed.Preemption() as preemption:
+        assert not preemption.reached(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert preemption.reached(2) and preemption.reached(3)
+        assert signal.getsignal(signal.SIGTERM) == before  # a second signal ends it
+    with distributed.Preemption() as preemption:
+        assert not preemption.reached(1)
+    assert signal.getsignal(signal.SIGTERM) == before
