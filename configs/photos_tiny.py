@@ -36,7 +36,7 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
         "transformer": {
             "sample_size": IMAGE // 2,
             "patch_size": 2,
-            # 4 x 4 pixels are one token of 48 numbers: a velocity holds the noise, so a token must fit well into the width.
+            # 4 x 4 pixels are one token of 48 numbers. A velocity holds all of the noise: it must fit into the width.
             "in_channels": 12,
             "out_channels": 12,
             "num_layers": 5,

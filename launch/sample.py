@@ -18,7 +18,7 @@ elsewhere give --coordinator, --num_processes and --process_id.
 
 from absl import flags
 
-from unialign_jax import cli
+from unialign_jax import cli, compilation_cache
 
 TASKS = ("generate", "edit", "perceive", "compose", "caption", "answer")
 
@@ -51,9 +51,7 @@ _STRATEGY = flags.DEFINE_string("strategy", "fsdp", "How the devices split weigh
 _FORMAT = flags.DEFINE_enum("format", "png", ("png", "array_record", "webdataset"), "What images are written as.")
 _SHARD_ROWS = flags.DEFINE_integer("shard_rows", 1024, "Rows of a shard, of formats that have them and of texts.", 1)
 _GRID = flags.DEFINE_integer("grid", 0, "Lay so many of the first images out in grid.png.", 0)
-_CACHE = flags.DEFINE_string(
-    "compile_cache", "~/.cache/unialign_jax/programs", "Where compiled programs are kept for the next time; empty: not."
-)
+_CACHE = flags.DEFINE_string("compilation_cache", None, compilation_cache.HELP)
 _PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where the processes meet.")
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
@@ -99,7 +97,6 @@ def main() -> None:
         shard_rows=_SHARD_ROWS.value,
         grid=_GRID.value,
         average=_AVERAGE.value,
-        compile_cache=_CACHE.value or None,
         progress=_PROGRESS.value,
     )
     distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)

@@ -14,12 +14,11 @@ from etils import epath
 from jax.sharding import Mesh
 from PIL import Image
 
-from unialign_jax import parallel, pretrained
+from unialign_jax import compilation_cache, parallel, pretrained
 from unialign_jax.data.tokenizer import Tokenizer
 from unialign_jax.diffusion import flow_matching
 from unialign_jax.inference import inputs, presets, programs
 from unialign_jax.inference.batches import Batches
-from unialign_jax.inference.compile_cache import use_compile_cache
 from unialign_jax.inference.inputs import ImageLike
 from unialign_jax.inference.options import ImageOptions, Preview, TextOptions
 from unialign_jax.networks import Networks
@@ -111,7 +110,7 @@ class UniAlignPipeline:
           FileNotFoundError, ValueError: what is wrong with the directory, and what was expected.
         """
         if compile_cache is not None:
-            use_compile_cache(compile_cache)
+            compilation_cache.enable(str(compile_cache))
         mesh = mesh or _first_device()
         model = pretrained.load(directory, dtype=dtype, average=average, mesh=mesh)
         return cls(

@@ -53,6 +53,6 @@ class Bytes:
         return self.encode(prompt + answer, length), np.arange(length) >= len(prompt.encode())
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def byte_tokenizer():
     return Bytes()

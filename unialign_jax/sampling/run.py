@@ -52,7 +52,6 @@ class Job:
       shard_rows: rows of a shard, rounded up to whole batches.
       grid: images of an overview, grid.png; 0: none.
       average: of a run's checkpoint, take the moving average.
-      compile_cache: see `UniAlignPipeline.from_pretrained`.
       progress: show a bar on standard error.
     """
 
@@ -72,7 +71,6 @@ class Job:
     shard_rows: int = 1024
     grid: int = 0
     average: bool = True
-    compile_cache: epath.PathLike | None = None
     progress: bool = True
 
 
@@ -124,7 +122,6 @@ def sample(job: Job) -> Result:
             max_batch=batch,
             single_size=True,
             progress=False,
-            compile_cache=job.compile_cache,
         )
         done = rows.count - sum(stop - start for start, stop in left)
         speaks = job.progress and jax.process_index() == 0

@@ -7,6 +7,7 @@ Every process of a run executes all of it; process 0 alone writes the logs. A ru
 import contextlib
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from etils import epath
 from unialign_jax import agreement, distributed, parallel, pretrained, storage
 from unialign_jax.batch import Batch
 from unialign_jax.checkpoints import Checkpoints
-from unialign_jax.data.pipeline import make_batches, merge_states
+from unialign_jax.data.pipeline import Batches, make_batches, merge_states
 from unialign_jax.data.samples import Refused
 from unialign_jax.data.sources import open_source
 from unialign_jax.data.tokenizer import PlainTokenizer, Tokenizer
@@ -26,17 +27,26 @@ from unialign_jax.networks import Networks
 from unialign_jax.state import TrainState, create_state
 from unialign_jax.training import run_config, saved_config, writers
 from unialign_jax.training.metrics import DelayedMetrics, Stopwatch, progress_line
+from unialign_jax.training.profiling import StepProfiler
 from unialign_jax.training.program import Program
 from unialign_jax.training.run_config import RunConfig
 from unialign_jax.training.samples import sample_grid
 
 
-def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainState:
+def train(
+    config: ml_collections.ConfigDict,
+    workdir: epath.PathLike,
+    *,
+    profile_steps: tuple[int, int] | None = None,
+    make_batches: Callable[..., Batches] = make_batches,
+) -> TrainState:
     """Trains one stage to its last step, or until SIGTERM; resumes where `workdir` holds checkpoints of it.
 
     Args:
       config: see `run_config.RunConfig`; `configs/` has examples.
       workdir: the stage's files go to a sub-directory named after it.
+      profile_steps: first and last step to record for XProf, see `profiling.StepProfiler`.
+      make_batches: makes the input pipeline; the loop's benchmark puts recorded batches in its place.
 
     Returns:
       The state after the last step, which is saved.
@@ -67,7 +77,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
         resume_step = latest if run.resume_step is None else run.resume_step
         # Exactly where it started, however far that run has gone on: what is not trained comes from there each time.
         if resume_step is None:
-            init = run.init and agreement.primary(lambda: str(pretrained.locate(run.init)), FileNotFoundError)
+            init = None if run.init is None else str(pretrained.locate(run.init))
         else:
             init = checkpoints.meta(resume_step)["init"]
 
@@ -129,6 +139,8 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
         # The loop. The host never waits for the step it has just queued, only for one some steps before.
         compiled: dict[Batch, Any] = {}
         window, watch = DelayedMetrics(), Stopwatch()
+        profiler = StepProfiler(profile_steps if speaks else None, directory)
+        stack.callback(profiler.close)
         stopping = False
         while step < run.steps and not stopping:
             step += 1
@@ -143,23 +155,29 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
                     begin = time.perf_counter()
                     compiled[bucket] = program.lower(source, size, end_token_id=tokenizer.end_id).compile()
                     say(f"compiled the step for {name!r} in {time.perf_counter() - begin:.1f} s")
-            with jax.transfer_guard("disallow"):
+            profiler.before(step, window.drain)
+            with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = compiled[bucket](state, frozen, batch, step_key)
             window.push(step, name, metrics, run.data.global_batch, program.model_flops(source, size))
 
+            if (profile := profiler.after(step, window.drain)) is not None:
+                say(f"profile of steps {profile_steps[0]} to {step}: {profile}")
             stopping = preemption.reached(step)
             last = step == run.steps
-            if last or stopping or step % run.log.every == 0:
-                if last or stopping:
+            saving = last or stopping or step % run.checkpoint.every == 0
+            if saving or step % run.log.every == 0:
+                if saving:
+                    # So that a state after a loss that is not finite is never saved, and that no average spans a save:
+                    # a resumed run then writes the points that the uninterrupted one does.
                     window.drain()
                 losses, work = window.averages()
                 if work.steps:  # none yet, if this comes sooner than the values do
                     rates = watch.lap(work)
                     writer.write_scalars(step, losses | rates)
                     say(progress_line(step, run.steps, rates, losses))
-            if last or stopping or step % run.checkpoint.every == 0:
-                window.drain()  # so that a state after a loss that is not finite is never saved
+            if saving:
                 with watch.paused():
+                    writer.flush()  # a resumed run does not write again what lies before the step it resumes at
                     checkpoints.save(step, state, merge_states(agreement.gather(batches.get_state())), meta)
             if held_batch is not None and (last or step % run.log.samples_every == 0) and not stopping:
                 window.drain()

@@ -1,16 +1,19 @@
 """Scenes as files: JSONL rows that the readers take, and a TFDS data set that is the same however it is made."""
 
+import io
 import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
+from unialign_jax.data.jsonl import JsonlSource
 from unialign_jax.data.samples import TASKS
 from unialign_jax.data.scenes import Scene, builder, draw, verify, write_corpus
-from unialign_jax.data.sources import JsonlSource
+from unialign_jax.data.tfds_source import TfdsSource
 
 
 def contents(folder):
@@ -91,6 +94,18 @@ def test_records_are_the_examples(prepared):
         assert Scene.from_json(json.loads(record["scene"])) == example.target.scene
 
 
-def test_ready_configurations():
+def test_the_input_pipeline_reads_it(prepared):
+    source = TfdsSource(prepared[1].data_path, split="test")
+    assert len(source) == 20
+    sample, example = source[3], draw("compose", 3, subset="test")
+    assert (sample.task, sample.caption, sample.instruction) == ("compose", example.caption, example.instruction)
+    for data, picture in zip((sample.target, *sample.references), (example.target, *example.references), strict=True):
+        assert (np.asarray(Image.open(io.BytesIO(data))) == picture.render(32)).all()
+
+
+def test_ready_configurations(tmp_path):
+    ready = tfds.builder("scenes/edit_64", data_dir=tmp_path)
+    assert isinstance(ready, builder.Scenes)
+    assert (ready.builder_config.task, ready.builder_config.size) == ("edit", 64)
     names = {config.name for config in builder.Scenes.BUILDER_CONFIGS}
     assert {f"{task}_{size}" for task in TASKS for size in (32, 64, 256)} == names

@@ -11,6 +11,7 @@ from unialign_jax.data.samples import TASKS
 from unialign_jax.data.scenes import edits, language, questions, rendering, tasks, templates, verify, world
 from unialign_jax.data.scenes.tasks import draw
 from unialign_jax.data.scenes.world import Scene, split_of
+from unialign_jax.data.tokenizer import Tokenizer
 
 
 def examples(task, count, **options):
@@ -130,8 +131,6 @@ def test_what_cant_be_drawn():
 
 
 def test_a_small_vocabulary_holds_the_language():
-    from unialign_jax.data.tokenizer import Tokenizer
-
     texts = [text for task in TASKS for example in examples(task, 500) for text in tasks.texts(example)]
     words = {word for text in texts for word in templates.split(text)}
     assert len(words) < 90

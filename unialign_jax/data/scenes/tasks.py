@@ -108,6 +108,8 @@ def draw(
 ) -> Example:
     """Example number `index` of a task, the same on any machine, in any process and order.
 
+    (NumPy reserves the right to change what a generator draws between its versions.)
+
     Args:
       task: one of `data.samples.TASKS`.
       index: 0 or more; there is no end.
