@@ -29,6 +29,7 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
     config.strategy = "fsdp"
     config.trained = ("transformer", "text_encoder")
     config.init = config_dict.placeholder(str)
+    config.init_average = True
     config.micro_batches = 1
 
     config.model = {

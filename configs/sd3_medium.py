@@ -27,6 +27,7 @@ def get_config(stage: str = "unify") -> ml_collections.ConfigDict:
     config.strategy = "fsdp"
     config.trained = ("transformer",)
     config.init = "converted"
+    config.init_average = True
     config.micro_batches = 1
 
     config.model = {

@@ -1,7 +1,9 @@
 """Checkpoints: what is saved comes back bit for bit, and whatever is wrong is said instead of passed over."""
 
 import json
+import os
 import shutil
+import threading
 import zlib
 from typing import Any
 
@@ -99,6 +101,41 @@ def test_buffers_may_be_donated_right_after_save(tmp_path):
         assert_identical(checkpoints.restore(abstract(state))[0], expected)
 
 
+def test_training_goes_on_while_files_are_written(tmp_path, monkeypatch):
+    may_commit, rename = threading.Event(), os.rename
+
+    def late_rename(source, target):
+        assert may_commit.wait(60)
+        rename(source, target)
+
+    state, _ = train_step(make_state(), batch(0))
+    with Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(os, "rename", late_rename)  # with which Orbax makes a step complete
+        checkpoints.save(1, state, None, {})
+        for step in range(1, 4):
+            state, _ = train_step(state, batch(step))
+        assert int(state.step) == 4 and not (tmp_path / "1").exists()
+        may_commit.set()
+        checkpoints.wait()
+        assert (tmp_path / "1").is_dir()
+
+
+def test_an_error_of_the_background_write_is_raised_by_the_next_call(tmp_path, monkeypatch, caplog):
+    def full_disk(source, target):
+        raise OSError("no space left on device")
+
+    with pytest.raises(RuntimeError, match="the loss"), Checkpoints(tmp_path / "a") as checkpoints:
+        checkpoints.save(1, make_state(1), None, {})
+        checkpoints.wait()
+        monkeypatch.setattr(os, "rename", full_disk)
+        checkpoints.save(2, make_state(2), None, {})
+        with pytest.raises(OSError, match="no space left"):
+            checkpoints.wait()
+        checkpoints.save(3, make_state(3), None, {})
+        raise RuntimeError("the loss")  # what ends the run stays what is said
+    assert "no space left" in caplog.text
+
+
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
     def advance(state, steps):
         losses = []
@@ -131,6 +168,27 @@ def test_parameters_alone(tmp_path):
             checkpoints.restore_params(abstract(make_state(width=9).params))
         with pytest.raises(CheckpointError, match="expected 'params' or 'ema'"):
             checkpoints.restore_params(which="opt_state")
+
+
+def test_some_networks_alone_and_each_with_its_checksum(tmp_path):
+    state = make_state(2)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(2, state, None, {})
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        some = {"t": abstract(state.ema["t"])}
+        assert_identical(checkpoints.restore_params(some, which="ema"), {"t": state.ema["t"]})
+        with pytest.raises(WrongArchitecture, match=r"ema/u float32\[2\] is not in the checkpoint"):
+            checkpoints.restore_params({"u": jnp.ones(2)}, which="ema")
+        with pytest.raises(CheckpointError, match="opened to be read only"):
+            checkpoints.save(3, make_state(3), None, {})
+    meta = tmp_path / "2" / "meta" / "metadata"
+    content = json.loads(meta.read_text())
+    content["checksums"]["ema"]["dense"] += 1
+    meta.write_text(json.dumps(content))
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert_identical(checkpoints.restore_params(some, which="ema"), {"t": state.ema["t"]})
+        with pytest.raises(DamagedCheckpoint, match="checksum of ema"):
+            checkpoints.restore_params(which="ema")
 
 
 def test_parameters_average_that_was_not_kept(tmp_path):

@@ -9,16 +9,22 @@ A run's checkpoint directory holds one sub-directory per step, written atomicall
 Orbax returns quietly in cases where a run is then lost: saving an existing step does nothing, a dtype difference is
 cast, missing shardings come from the saved ones. Here each of these is an error, and every restore is checked against
 the checksums taken from the device arrays before they were written.
+
+All processes of a run call each method together. What one of them finds wrong, all raise: the processes read through
+Orbax's handlers, which wait for nobody, and then agree on the outcome.
 """
 
 import json
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 
+from unialign_jax import agreement, storage
 from unialign_jax.tree_checks import checksum, describe_differences, flat_leaves
 
 PARTS = ("params", "opt_state", "ema")
@@ -39,18 +45,22 @@ class DamagedCheckpoint(CheckpointError):
     """A step whose files are missing, cut short or altered."""
 
 
+# Errors that are the same in every process, whichever found them.
+_SHARED = (CheckpointError, WrongArchitecture, DamagedCheckpoint, FileNotFoundError)
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-      directory: where the steps are, local or `gs://`. Made if absent, unless `read_only`.
+      directory: where the steps are, local or `gs://`; all processes must reach it. Made if absent, unless `read_only`.
       max_to_keep: how many of the newest steps are kept.
       keep_period: steps that are multiples of this are kept for good, beside the newest ones; None keeps none of them.
       read_only: for sampling, evaluation and conversion. Nothing is created or cleaned, so a run that is saving at
         this moment is not disturbed.
 
     Raises:
-      FileNotFoundError: `read_only` and no such directory.
+      FileNotFoundError: `read_only` and no such directory; or a process does not see the one that process 0 has made.
     """
 
     def __init__(
@@ -61,32 +71,35 @@ class Checkpoints:
         keep_period: int | None = None,
         read_only: bool = False,
     ):
-        self.directory = _absolute(directory)
-        if read_only and not self.directory.is_dir():
-            raise FileNotFoundError(f"{self.directory}: no such checkpoint directory")
-        if read_only:
-            options = ocp.CheckpointManagerOptions(read_only=True)
-        else:
+        self.directory = storage.absolute(directory)
+        self._manager = None
+        if not read_only:
+            agreement.primary(self._prepare, *_SHARED)
+        # In an object store an empty directory is nothing that could be seen.
+        if read_only or not storage.is_remote(self.directory):
+            agreement.everywhere(self._check_visible, *_SHARED)
+        if not read_only:
+            items = {"state": ocp.StandardCheckpointHandler()}
+            items |= dict.fromkeys(("data", "meta"), ocp.JsonCheckpointHandler())
             options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, keep_period=keep_period)
-            self._remove_leftovers()
-        # Handlers are named here so that a process which has saved nothing yet can read the metadata of each item.
-        handlers = {
-            "state": ocp.StandardCheckpointHandler(),
-            "data": ocp.JsonCheckpointHandler(),
-            "meta": ocp.JsonCheckpointHandler(),
-        }
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+            self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=items)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception) -> None:
-        self.close()
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        if kind is None:
+            self.close()
+            return
+        try:  # alone: the other processes may know nothing of the error that ends this one
+            self._close()
+        except Exception as error:  # the one that is on its way says more, but this must not be lost
+            logging.error("%s: saving in the background failed too: %s", self.directory, error)
 
     def all_steps(self) -> list[int]:
         """Steps that were saved completely, oldest first. A save in progress is waited for, and then counts."""
         self.wait()
-        return sorted(self._manager.all_steps())
+        return agreement.primary(lambda: saved_steps(self.directory), *_SHARED)
 
     def latest_step(self) -> int | None:
         return max(self.all_steps(), default=None)
@@ -105,9 +118,12 @@ class Checkpoints:
           wait: return only when the step is on disk.
 
         Raises:
-          CheckpointError: this step or a newer one exists already, or `state` is at another step.
+          CheckpointError: this step or a newer one exists already, `state` is at another step, or the processes do not
+            agree on what to save.
           TypeError: `data_state` or `meta` is not JSON-serialisable.
         """
+        if self._manager is None:
+            raise CheckpointError(f"{self.directory} was opened to be read only")
         newest = self.latest_step()
         if newest is not None and step <= newest:
             raise CheckpointError(
@@ -116,8 +132,11 @@ class Checkpoints:
             )
         if int(state.step) != step:
             raise CheckpointError(f"the state to save as step {step} is at step {int(state.step)}")
-        json.dumps([data_state, meta])
-        sums = {part: checksum(getattr(state, part)) for part in PARTS}
+        # Process 0 writes these for all.
+        text = agreement.everywhere(lambda: json.dumps([step, data_state, meta], sort_keys=True), TypeError)
+        if len(set(agreement.gather(zlib.crc32(text.encode())))) > 1:
+            raise CheckpointError(f"step {step} was not saved: the processes differ in its data state or meta")
+        sums = {part: _checksums(getattr(state, part)) for part in PARTS}
         saved = self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -132,13 +151,13 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Blocks until background writes are done and raises what went wrong in them."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        """Blocks until background writes are done and raises what went wrong in them, in any process."""
+        if self._manager is not None:
+            agreement.everywhere(self._wait, *_SHARED)
 
     def close(self) -> None:
         self.wait()
-        self._manager.close()
+        self._close()
 
     def restore(
         self, abstract_state: Any, step: int | None = None, *, accept: Callable[[dict[str, Any]], None] | None = None
@@ -175,8 +194,9 @@ class Checkpoints:
         """Reads the parameters alone, without optimizer or data state.
 
         Args:
-          abstract_params: structure to restore into, as in `restore`; None takes names, shapes and dtypes from the
-            checkpoint itself, as nested dicts on the first local device.
+          abstract_params: structure to restore into, as in `restore`, for some or all of the saved networks (the first
+            level of names): those alone are read. None takes all, with names, shapes and dtypes from the checkpoint
+            itself, as nested dicts on the first local device.
           which: `params`, or `ema` for their running average.
           step: None means the newest.
 
@@ -186,26 +206,14 @@ class Checkpoints:
         if which not in ("params", "ema"):
             raise CheckpointError(f"which={which!r}: expected 'params' or 'ema'")
         step = self._existing(step)
-        saved = {path[1:]: leaf for path, leaf in self._saved_leaves(step).items() if path[0] == which}
-        if not saved:
-            raise CheckpointError(f"{self.directory / str(step)} has no {which!r}: the run kept none")
-        if abstract_params is None:
-            abstract_params = ocp.tree.from_flat_dict(
-                {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in saved.items()}
-            )
-        else:
-            self._check_same(step, saved, flat_leaves(abstract_params), prefix=f"{which}/")
-        _, sums = self._meta_and_sums(step)
-        try:
-            params = _read_tree(self.directory / str(step) / "state", {which: abstract_params})[which]
-        except _READ_ERRORS as error:
-            raise self._damaged(step, error) from error
-        self._check_sum(step, which, params, sums)
+        params, sums = agreement.everywhere(lambda: self._read_params(abstract_params, which, step), *_SHARED)
+        self._check_sums(step, which, params, sums)
         return params
 
     def meta(self, step: int | None = None) -> dict[str, Any]:
         """What the run wrote about itself at `step` (None: the newest)."""
-        return self._meta_and_sums(self._existing(step))[0]
+        step = self._existing(step)
+        return agreement.everywhere(lambda: self._meta_and_sums(step)[0], *_SHARED)
 
     def set_aside_after(self, step: int) -> list[int]:
         """Moves the steps newer than `step` out of the way, to `DIR-set-aside/`, and returns them.
@@ -214,22 +222,41 @@ class Checkpoints:
         no longer part of this run.
         """
         newer = [s for s in self.all_steps() if s > step]
-        aside = self.directory.parent / f"{self.directory.name}-set-aside"
-        for number in newer:
-            aside.mkdir(parents=True, exist_ok=True)
-            taken = len([path for path in aside.iterdir() if path.name.split(".")[0] == str(number)])
-            (self.directory / str(number)).rename(aside / (f"{number}.{taken}" if taken else str(number)))
-        self._manager.reload()
+        if newer:
+            agreement.primary(lambda: self._set_aside(newer), *_SHARED)
+            self._manager.reload()
         return newer
 
-    def _remove_leftovers(self) -> None:
-        """Removes what processes killed while saving left behind; nothing else ever does.
+    def _set_aside(self, steps: list[int]) -> None:
+        aside = self.directory.parent / f"{self.directory.name}-set-aside"
+        aside.mkdir(parents=True, exist_ok=True)
+        if storage.is_remote(aside):  # where a directory is there only once something is in it
+            (aside / "README").write_text("Steps given up by resuming from an older one.\n")
+        for number in steps:
+            taken = len([path for path in aside.iterdir() if path.name.split(".")[0] == str(number)])
+            (self.directory / str(number)).rename(aside / (f"{number}.{taken}" if taken else str(number)))
+
+    def _prepare(self) -> None:
+        """Makes the directory, and removes what processes killed while saving left behind; nothing else ever does.
 
         Orbax's own option does it in a thread that close() does not wait for.
         """
-        if jax.process_index() == 0 and self.directory.is_dir():
-            for leftover in ocp.utils.tmp_checkpoints(self.directory):
-                leftover.get().rmtree()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for leftover in ocp.utils.tmp_checkpoints(self.directory):
+            leftover.get().rmtree()
+
+    def _check_visible(self) -> None:
+        if not self.directory.is_dir():
+            here = f" on process {jax.process_index()}" if jax.process_count() > 1 else ""
+            raise FileNotFoundError(f"{self.directory}: no such checkpoint directory{here}")
+
+    def _wait(self) -> None:
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+
+    def _close(self) -> None:
+        if self._manager is not None:
+            self._manager.close()
 
     def _existing(self, step: int | None) -> int:
         steps = self.all_steps()
@@ -240,42 +267,69 @@ class Checkpoints:
         return steps[-1] if step is None else step
 
     def _meta_and_sums(self, step: int) -> tuple[dict[str, Any], dict[str, int]]:
+        meta = self._read_json(step, "meta")
         try:
-            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-            sums = meta.pop(_CHECKSUMS)
+            return meta, meta.pop(_CHECKSUMS)
         except _READ_ERRORS as error:
             raise self._damaged(step, error) from error
-        return meta, sums
+
+    def _read_json(self, step: int, item: str) -> Any:
+        try:
+            return ocp.JsonCheckpointHandler().restore(self.directory / str(step) / item)
+        except _READ_ERRORS as error:
+            raise self._damaged(step, error) from error
 
     def _saved_leaves(self, step: int) -> dict[tuple[str, ...], Any]:
         try:
-            metadata = self._manager.item_metadata(step)["state"]
+            metadata = ocp.StandardCheckpointHandler().metadata(self.directory / str(step) / "state")
         except _READ_ERRORS as error:
             raise self._damaged(step, error) from error
-        if metadata is None:
-            raise self._damaged(step, "the description of its arrays, state/_METADATA, is missing")
         return flat_leaves(metadata.tree)
 
     def _read(self, abstract_state: Any, step: int, accept: Callable | None = None) -> tuple[Any, Any, dict[str, Any]]:
+        state, data_state, meta, sums = agreement.everywhere(
+            lambda: self._read_files(abstract_state, step, accept), *_SHARED
+        )
+        # From here on the processes compute together, and so see the same.
+        if int(state.step) != step:
+            raise self._damaged(step, f"it holds the state of step {int(state.step)}")
+        for part in PARTS:
+            self._check_sums(step, part, getattr(state, part), sums)
+        return state, data_state, meta
+
+    def _read_files(self, abstract_state: Any, step: int, accept: Callable | None) -> tuple[Any, Any, Any, Any]:
         meta, sums = self._meta_and_sums(step)
         if accept is not None:
             accept(meta)
         self._check_same(step, self._saved_leaves(step), flat_leaves(abstract_state))
+        data_state = self._read_json(step, "data")
         try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(_with_shardings(abstract_state)), data=ocp.args.JsonRestore()
-                ),
+            state = ocp.StandardCheckpointHandler().restore(
+                self.directory / str(step) / "state", args=ocp.args.StandardRestore(_with_shardings(abstract_state))
             )
-            state, data_state = restored["state"], restored["data"]["iterator"]
+            data_state = data_state["iterator"]
         except _READ_ERRORS as error:
             raise self._damaged(step, error) from error
-        if int(state.step) != step:
-            raise self._damaged(step, f"it holds the state of step {int(state.step)}")
-        for part in PARTS:
-            self._check_sum(step, part, getattr(state, part), sums)
-        return state, data_state, meta
+        return state, data_state, meta, sums
+
+    def _read_params(self, abstract_params: Mapping[str, Any] | None, which: str, step: int) -> tuple[Any, Any]:
+        saved = {path[1:]: leaf for path, leaf in self._saved_leaves(step).items() if path[0] == which}
+        if not saved:
+            raise CheckpointError(f"{self.directory / str(step)} has no {which!r}: the run kept none")
+        everything = ocp.tree.from_flat_dict(
+            {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in saved.items()}
+        )
+        if abstract_params is None:
+            abstract_params = everything
+        else:
+            wanted = {path: leaf for path, leaf in saved.items() if path[0] in abstract_params}
+            self._check_same(step, wanted, flat_leaves(abstract_params), prefix=f"{which}/")
+        _, sums = self._meta_and_sums(step)
+        try:
+            params = _read_tree(self.directory / str(step) / "state", {which: abstract_params})[which]
+        except _READ_ERRORS as error:
+            raise self._damaged(step, error) from error
+        return params, {which: {name: sums[which].get(name) for name in params}}
 
     def _newest_readable(self, abstract_state: Any, before: int) -> int | None:
         for step in reversed([s for s in self.all_steps() if s < before]):
@@ -291,18 +345,21 @@ class Checkpoints:
         if differences:
             raise WrongArchitecture(
                 f"{self.directory / str(step)} is of another architecture than the config's: {differences}. "
-                "Use the config it was trained with, or another --workdir."
+                "Use the config it was trained with, or another directory."
             )
 
-    def _check_sum(self, step: int, part: str, tree: Any, sums: dict[str, int]) -> None:
-        found = checksum(tree)
-        if found != sums.get(part):
-            raise self._damaged(
-                step, f"the checksum of {part} is {found}, not the {sums.get(part)} recorded when saving"
-            )
+    def _check_sums(self, step: int, part: str, tree: Any, sums: dict[str, Any]) -> None:
+        found, expected = _checksums(tree), sums.get(part)
+        if found != expected:
+            raise self._damaged(step, f"the checksum of {part} is {found}, not the {expected} recorded when saving")
 
     def _damaged(self, step: int, cause: Exception | str) -> DamagedCheckpoint:
         return DamagedCheckpoint(f"{self.directory / str(step)} is damaged ({_short(cause)})")
+
+
+def saved_steps(directory: epath.Path) -> list[int]:
+    """Complete steps in a checkpoint directory, oldest first, as this process sees it; none if it is absent."""
+    return sorted(ocp.utils.checkpoint_steps(directory))
 
 
 def _read_tree(path: epath.Path, abstract: Any) -> Any:
@@ -311,13 +368,14 @@ def _read_tree(path: epath.Path, abstract: Any) -> Any:
     args = ocp.args.PyTreeRestore(
         item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
     )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        return reader.restore(path, args=args)
+    return ocp.PyTreeCheckpointHandler().restore(path, args=args)
 
 
-def _absolute(directory: epath.PathLike) -> epath.Path:
-    path = epath.Path(directory)
-    return path if "://" in str(directory) else path.expanduser().resolve()
+def _checksums(tree: Any) -> Any:
+    """One of each network, so that they can be read apart; of the optimizer's state one."""
+    if isinstance(tree, Mapping):
+        return {name: checksum({name: network}) for name, network in tree.items()}
+    return checksum(tree)
 
 
 def _short(cause: Exception | str) -> str:

@@ -1,7 +1,7 @@
 """Models from directories: a run's stage, one of its steps, or a converted directory, all read the same way."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from unialign_jax.checkpoints import Checkpoints
-from unialign_jax.convert import store
+from unialign_jax import agreement, storage
+from unialign_jax.checkpoints import Checkpoints, saved_steps
+from unialign_jax.convert import ConversionError, store
 from unialign_jax.data.tokenizer import Tokenizer
 from unialign_jax.networks import Networks, build_networks
+from unialign_jax.tree_checks import describe_differences, flat_leaves
 
 # The published length of all texts, and the side of its images: what a converted directory is sampled with.
 PUBLISHED_TEXT_LENGTH = 256
@@ -59,14 +61,34 @@ def load(
       FileNotFoundError: nothing of the kind is there; the message says what was looked for.
       ValueError: it is damaged, or of another format.
     """
-    path = epath.Path(directory).expanduser().resolve()
+    path = locate(directory)
     param_dtype = jnp.dtype(param_dtype or dtype)
-    if (path / store.MODEL_FILE).exists():
-        return _load_converted(path, dtype, param_dtype)
+    load_from = _load_converted if store.is_converted(path) else _load_step
+    return load_from(path, dtype, param_dtype, average)
+
+
+def locate(directory: epath.PathLike) -> epath.Path:
+    """Where exactly the model is that a directory stands for: a run's newest step, if it is a stage directory.
+
+    Returns:
+      A converted directory, or `.../checkpoints/STEP`.
+
+    Raises:
+      FileNotFoundError: nothing of the kind is there; the message says what was looked for.
+    """
+    return epath.Path(agreement.primary(lambda: str(_locate(storage.absolute(directory))), FileNotFoundError))
+
+
+def _locate(path: epath.Path) -> epath.Path:
+    if store.is_converted(path):
+        return path
     if (path / "checkpoints").is_dir():
-        return _load_run(path, None, dtype, param_dtype, average)
+        steps = saved_steps(path / "checkpoints")
+        if not steps:
+            raise FileNotFoundError(f"{path / 'checkpoints'}: holds no complete checkpoint")
+        return path / "checkpoints" / str(steps[-1])
     if path.name.isdigit() and path.parent.name == "checkpoints" and path.is_dir():
-        return _load_run(path.parent.parent, int(path.name), dtype, param_dtype, average)
+        return path
     stages = sorted(p.parent.name for p in path.glob("*/checkpoints")) if path.is_dir() else []
     if stages:
         raise FileNotFoundError(f"{path} holds several stages of a run; name one: {', '.join(stages)}")
@@ -76,83 +98,114 @@ def load(
     )
 
 
-def initial_params(networks: Networks, key: jax.Array, names: Iterable[str], source: str | None) -> dict[str, Any]:
-    """What training starts from, float32: parameters of the named networks, random or read from a directory.
+def tokenizer_directory(place: epath.Path) -> epath.Path:
+    """Where the tokenizer is of a model that `locate` has found."""
+    return (place if store.is_converted(place) else place.parent.parent) / "tokenizer"
+
+
+def initial_params(
+    networks: Networks,
+    key: jax.Array,
+    abstract: Mapping[str, Any],
+    source: epath.PathLike | None,
+    *,
+    average: bool = True,
+) -> dict[str, Any]:
+    """What training starts from: parameters of some networks, random or read from a directory.
 
     Args:
       networks: what they are for.
-      key: of the random ones; the same key gives the same parameters for any choice of names.
-      names: of `networks.init`'s keys.
-      source: a converted directory, or None: random.
+      key: of the random ones; the same key gives the same parameters for any choice of networks, on any mesh.
+      abstract: the wanted networks by name, trees of `jax.ShapeDtypeStruct`, float32. Arrays go straight to the devices
+        that their shardings name; those without to the first local one.
+      source: None: random. Else see `load`. Networks that a run did not train are what they were in that run.
+      average: of a run, take the moving average of the parameters where one was kept.
 
     Raises:
-      ValueError: the directory's networks are not those of `networks`.
+      FileNotFoundError: see `locate`.
+      ValueError: the directory's networks are not those of `networks`, which is shown by name, or are damaged.
     """
-    abstract = jax.eval_shape(networks.init, key)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shardings = jax.tree.map(lambda leaf: leaf.sharding or here, dict(abstract))
     if source is None:
-        return jax.jit(lambda key: {name: networks.init(key)[name] for name in names})(key)
+        init = jax.jit(lambda key: {name: networks.init(key)[name] for name in abstract}, out_shardings=shardings)
+        return init(key)
+    path = locate(source)
+    if not store.is_converted(path):
+        return _step_params(path, abstract, average)
+    return agreement.everywhere(lambda: _converted_params(path, abstract, shardings), ConversionError, ValueError)
+
+
+def _converted_params(path: epath.Path, abstract: Mapping[str, Any], shardings: Mapping[str, Any]) -> dict[str, Any]:
     params = {}
-    for name in names:
-        # The pixel codec has no parameters, and then there is nothing to read.
-        params[name] = _restore(epath.Path(source), name, jnp.float32) if abstract[name] else {}
-        differ = _differences(params[name], abstract[name])
-        if differ:
-            raise ValueError(f"{source}: its {name} is not the config's: {'; '.join(differ[:10])}")
+    for name in abstract:
+        if not abstract[name]:  # the pixel codec has no parameters
+            params[name] = {}
+            continue
+        stored = store.open_network(path, name)
+        found = {tuple(leaf.split("/")): jax.ShapeDtypeStruct(x.shape, jnp.float32) for leaf, x in stored.items()}
+        if differences := describe_differences(found, flat_leaves(abstract[name]), prefix=f"{name}/"):
+            raise ValueError(f"{path}: its {name} is not the config's: {differences}")
+        params[name] = store.restore_network(path, name, dtype=jnp.float32, shardings=shardings[name])
     return params
 
 
-def _differences(found: Any, wanted: Any) -> list[str]:
-    shapes = [
-        {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
-        for tree in (found, wanted)
-    ]
-    return [
-        f"{name} is {shapes[0].get(name, 'missing')}, expected {shapes[1].get(name, 'nothing')}"
-        for name in sorted(shapes[0].keys() | shapes[1].keys())
-        if shapes[0].get(name) != shapes[1].get(name)
-    ]
+def _step_params(path: epath.Path, abstract: Mapping[str, Any], average: bool) -> dict[str, Any]:
+    """Networks of one step of a run: the trained ones from the checkpoint, the others from where the run had them."""
+    step = int(path.name)
+    with Checkpoints(path.parent, read_only=True) as checkpoints:
+        meta = checkpoints.meta(step)
+        config = meta["config"]
+        which = "ema" if average and config["optimizer"]["ema_rate"] > 0 else "params"
+        trained = {name: tree for name, tree in abstract.items() if name in config["trained"]}
+        params = checkpoints.restore_params(trained, which=which, step=step) if trained else {}
+    rest = {name: tree for name, tree in abstract.items() if name not in trained}
+    if rest:
+        networks = build_networks(config["model"])
+        saved = {name: tree for name, tree in nn.unbox(networks.abstract()).items() if name in rest}
+        if differences := describe_differences(flat_leaves(saved), flat_leaves(rest)):
+            raise ValueError(f"{path}: its frozen networks are not the config's: {differences}")
+        init_key, _ = jax.random.split(jax.random.key(config["seed"]))
+        params |= initial_params(networks, init_key, rest, meta["init"], average=config["init_average"])
+    return params
 
 
-def _restore(directory: epath.Path, network: str, dtype: Any) -> Any:
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return store.restore_network(directory, network, dtype=dtype, shardings=sharding)
-
-
-def _load_converted(path: epath.Path, dtype: str, param_dtype: Any) -> Model:
+def _load_converted(path: epath.Path, dtype: str, param_dtype: Any, _: bool) -> Model:
     description = store.read_config(path)
     networks = build_networks(dict(description) | {"teacher": None}, dtype=dtype)
-    names = [name for name in SAMPLED if description.get(name)]
-    params = {name: _restore(path, name, param_dtype) for name in names}
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    params = {
+        name: store.restore_network(path, name, dtype=param_dtype, shardings=sharding)
+        for name in SAMPLED
+        if description.get(name)
+    }
     params.setdefault("autoencoder", {})
     limit = PUBLISHED_IMAGE_SIZE
     side = min(limit, networks.transformer.config.sample_size * networks.codec.downsample)
     return Model(
         networks=networks,
         params=params,
-        tokenizer=Tokenizer.load(path / "tokenizer"),
+        tokenizer=Tokenizer.load(tokenizer_directory(path)),
         text_length=PUBLISHED_TEXT_LENGTH,
         size=(side, side),
         description=description,
-        tokenizer_directory=path / "tokenizer",
+        tokenizer_directory=tokenizer_directory(path),
     )
 
 
-def _load_run(stage: epath.Path, step: int | None, dtype: str, param_dtype: Any, average: bool) -> Model:
-    with Checkpoints(stage / "checkpoints", read_only=True) as checkpoints:
-        config = checkpoints.meta(step)["config"]
-        average = average and config["optimizer"]["ema_rate"] > 0
-        trained = checkpoints.restore_params(which="ema" if average else "params", step=step)
+def _load_step(path: epath.Path, dtype: str, param_dtype: Any, average: bool) -> Model:
+    with Checkpoints(path.parent, read_only=True) as checkpoints:
+        config = checkpoints.meta(int(path.name))["config"]
     networks = build_networks(config["model"] | {"teacher": None}, dtype=dtype)
-    init_key, _ = jax.random.split(jax.random.key(config["seed"]))
-    frozen = initial_params(networks, init_key, [n for n in SAMPLED if n not in trained], config["init"])
-    params = {name: trained.get(name, frozen.get(name)) for name in SAMPLED}
+    abstract = {name: tree for name, tree in nn.unbox(networks.abstract()).items() if name in SAMPLED}
+    params = _step_params(path, abstract, average)
     data = config["data"]
     return Model(
         networks=networks,
-        params=jax.tree.map(lambda x: x.astype(param_dtype), nn.unbox(params)),
-        tokenizer=Tokenizer.load(stage / "tokenizer"),
+        params=jax.tree.map(lambda x: x.astype(param_dtype), params),
+        tokenizer=Tokenizer.load(tokenizer_directory(path)),
         text_length=data["text_length"],
         size=(data["height"], data["width"]),
         description=config["model"],
-        tokenizer_directory=stage / "tokenizer",
+        tokenizer_directory=tokenizer_directory(path),
     )

@@ -6,13 +6,13 @@ import pytest
 
 from unialign_jax.data.report import CorpusError, Report
 
-BAD = (7, "missing image", "'x.png': no such file")
+BAD = (7, "line 7", "missing image", "'x.png': no such file")
 
 
 def fill(report, reads, bad, pass_index=0):
     """`reads` rows of which the last `bad` are refused."""
     for i in range(reads):
-        report.add(pass_index, (i, *BAD[1:]) if i >= reads - bad else None)
+        report.add(pass_index, (i, f"line {i}", *BAD[2:]) if i >= reads - bad else None)
 
 
 def test_the_limit_is_exact_over_a_pass():
@@ -44,8 +44,8 @@ def test_the_report_names_rows_and_survives_a_round_trip():
     report = Report("rows.jsonl", 1000, 0.02)
     report.add(0, None)
     report.add(0, BAD)
-    report.add(0, (3, "missing image", "'y.png': no such file"))
-    report.add(0, (5, "malformed JSON", "Expecting value"))
+    report.add(0, (3, "line 3", "missing image", "'y.png': no such file"))
+    report.add(0, (5, "line 5", "malformed JSON", "Expecting value"))
     expected = """\
 rows.jsonl: 3 of 4 rows read refused (75.00%; limit 2.00%)
   missing image: 2

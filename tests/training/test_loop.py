@@ -5,6 +5,7 @@ import io
 import pathlib
 import shutil
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +14,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
+from unialign_jax import pretrained
 from unialign_jax.checkpoints import Checkpoints
 from unialign_jax.data import scenes
+from unialign_jax.networks import build_networks
 from unialign_jax.training import loop
 from unialign_jax.training.metrics import NonFiniteLoss
 from unialign_jax.training.saved_config import ConfigChanged
@@ -177,6 +180,46 @@ def test_a_resumed_run_equals_the_uninterrupted_one(finished, corpus, tmp_path):
     # The window of steps 3 to 6 of the resumed run holds what the uninterrupted one had in 4 to 6.
     files = {name: event_values(path / "photos") for name, path in (("first", workdir), ("again", tmp_path / "run"))}
     assert files["again"][6, "loss"].simple_value == pytest.approx(files["first"][6, "loss"].simple_value, rel=1e-6)
+
+
+def test_a_stage_starts_from_another_ones_parameters(finished, corpus, tmp_path, capsys):
+    first, state, _ = finished
+    config = make_config(corpus, stage="second", init=str(first / "photos"), steps=1, seed=7)
+    loop.train(config, tmp_path)
+    source = first / "photos" / "checkpoints" / str(STEPS)
+    assert f"starts from {source}" in capsys.readouterr().out
+    tokenizers = [(d / "tokenizer" / "tokenizer.json").read_bytes() for d in (first / "photos", tmp_path / "second")]
+    assert tokenizers[0] == tokenizers[1]
+    with Checkpoints(tmp_path / "second" / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.meta()["init"] == str(source)
+
+    networks = build_networks(config.model.to_dict(), dtype="float32")
+    shapes = nn.unbox(networks.abstract())
+    key = jax.random.key(0)
+    made = pretrained.initial_params(networks, key, shapes, first / "photos")
+    assert_identical({name: made[name] for name in state.ema}, state.ema)
+    made = pretrained.initial_params(networks, key, shapes, source, average=False)
+    assert_identical({name: made[name] for name in state.params}, state.params)
+    # What neither of the two trained is what it was in the first, through the second one's record of where it started.
+    teacher = {"teacher": shapes["teacher"]}
+    init_key, _ = jax.random.split(jax.random.key(0))
+    random = pretrained.initial_params(networks, init_key, teacher, None)
+    assert_identical(pretrained.initial_params(networks, key, teacher, tmp_path / "second"), random)
+    assert_identical(made["teacher"], random["teacher"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.transformer.num_layers": 3}, r"params|ema.*blocks.*\[2, .*expected .*\[3, "),
+        ({"model.teacher.depth": 2}, r"frozen networks are not the config's: teacher/.*\[2, "),
+    ],
+)
+def test_a_start_from_another_architecture_is_refused(finished, corpus, tmp_path, changes, message):
+    config = make_config(corpus, stage="second", init=str(finished[0] / "photos"), **changes)
+    with pytest.raises(ValueError, match=message):
+        loop.train(config, tmp_path)
+    assert not list((tmp_path / "second" / "checkpoints").iterdir())
 
 
 def test_a_finished_run_has_nothing_to_do(finished, corpus, tmp_path, capsys):

@@ -20,6 +20,7 @@ import tensorstore as ts
 from etils import epath
 from flax import traverse_util
 
+from unialign_jax import storage
 from unialign_jax.convert import configs, names
 from unialign_jax.convert.errors import ConversionError
 
@@ -95,7 +96,7 @@ def save_network(directory: epath.PathLike, leaves: Mapping[str, Stream]) -> Non
     # Weights hardly compress, and trying takes longer than writing them.
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(_absolute(directory), args=ocp.args.PyTreeSave(_nested(leaves)))
+        checkpointer.save(storage.absolute(directory), args=ocp.args.PyTreeSave(_nested(leaves)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +134,7 @@ def open_network(directory: epath.PathLike, network: str) -> dict[str, StoredLea
     Raises:
       ConversionError: if the checkpoint cannot be read, or its leaves are not those that model.json describes.
     """
-    directory = _absolute(directory)
+    directory = storage.absolute(directory)
     path = directory / network
     try:
         metadata = ocp.PyTreeCheckpointHandler().metadata(path)
@@ -240,20 +241,16 @@ def restore_network(
             tree,
             shardings,
         )
-    path = _absolute(directory) / network
+    path = storage.absolute(directory) / network
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=args))
+        # Not through a Checkpointer: that waits for the other processes, of which one may have failed.
+        return ocp.PyTreeCheckpointHandler().restore(path, args=ocp.args.PyTreeRestore(restore_args=args))
     except _READ_ERRORS as error:
         raise _unreadable(path, error) from error
 
 
 def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return traverse_util.unflatten_dict({tuple(path.split("/")): leaf for path, leaf in leaves.items()})
-
-
-def _absolute(path: epath.PathLike) -> epath.Path:
-    return epath.Path(path).expanduser().resolve()
 
 
 def _unreadable(path: epath.Path | str, error: Exception) -> ConversionError:

@@ -48,8 +48,8 @@ class Preparation:
         if not self.references:
             return {}
         pixels = np.zeros((self.references, self.height, self.width, 3), np.uint8)
-        for i, path in enumerate(sample.references):
-            pixels[i] = images.load(path, self.height, self.width)
+        for i, reference in enumerate(sample.references):
+            pixels[i] = images.load(reference, self.height, self.width)
         return {"references": pixels, "reference_mask": np.arange(self.references) < count}
 
     def _texts(self, sample: Sample) -> dict[str, np.ndarray]:

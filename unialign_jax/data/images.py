@@ -4,7 +4,10 @@ Unusual pixels are converted (palette, greyscale, 16 bits, CMYK, transparency, c
 whole images are refused by cause, never completed with guesses.
 """
 
+import contextlib
 import io
+from collections.abc import Iterator
+from typing import IO
 
 import numpy as np
 from etils import epath
@@ -19,6 +22,7 @@ MAX_PIXELS = 89_478_485
 
 # How JPEG, PNG, GIF and TIFF files begin.
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*")
+_LONGEST_SIGNATURE = max(map(len, _SIGNATURES))
 _ORIENTATION_TAG = 0x0112
 # EXIF orientation -> what undoes it; 1 is upright.
 _UPRIGHT = {
@@ -33,17 +37,38 @@ _UPRIGHT = {
 _CUT_SHORT = ("truncated", "not enough", "eof", "end of file")
 
 
-def load(path: str, height: int, width: int) -> np.ndarray:
-    """`read`, `decode` and `fit` in one: an image file, local or `gs://`, as uint8 `[height, width, 3]`.
+def load(source: str | bytes, height: int, width: int) -> np.ndarray:
+    """`read`, `decode` and `fit` in one: an image file (its path, or its bytes) as uint8 `[height, width, 3]`.
 
     Raises:
       Refused: see those; the detail names the file.
     """
-    data = read(path)
+    data = read(source) if isinstance(source, str) else source
     try:
         return fit(decode(data), height, width)
     except Refused as refused:
-        raise Refused(refused.cause, f"{path!r}: {refused.detail}") from refused.__cause__
+        raise _naming(source, refused) from refused.__cause__
+
+
+def upright_size(source: str | bytes) -> tuple[int, int]:
+    """Height and width in pixels of the image that `decode` would make, from the file's header alone.
+
+    Raises:
+      Refused: there is no such file, or it does not begin like an image.
+    """
+    try:
+        with io.BytesIO(source) if isinstance(source, bytes) else _open(source) as file:
+            image = _header(file)
+            width, height = image.size
+            # Pillow reads a PNG to its end in search of an orientation that is not in its header.
+            turned = image.format != "PNG" and _orientation(image) >= 5
+    except Refused as refused:
+        raise _naming(source, refused) from refused.__cause__
+    return (width, height) if turned else (height, width)
+
+
+def _naming(source: str | bytes, refused: Refused) -> Refused:
+    return Refused(refused.cause, f"{source!r}: {refused.detail}") if isinstance(source, str) else refused
 
 
 def read(path: str) -> bytes:
@@ -52,8 +77,17 @@ def read(path: str) -> bytes:
     Raises:
       Refused: there is no such file, or it can't be read.
     """
+    with _open(path) as file:
+        return file.read()
+
+
+@contextlib.contextmanager
+def _open(path: str) -> Iterator[IO[bytes]]:
     try:
-        return epath.Path(path).read_bytes()
+        with epath.Path(path).open("rb") as file:
+            yield file
+    except Refused:
+        raise
     except (FileNotFoundError, NotADirectoryError):
         raise Refused(Cause.MISSING_IMAGE, f"{path!r}: no such file") from None
     except ValueError as error:  # a NUL or half a surrogate pair: no file can be called that
@@ -71,20 +105,7 @@ def decode(data: bytes) -> Image.Image:
     Raises:
       Refused: not an image, truncated, corrupt, of more than `MAX_PIXELS`, or with samples of no stated range.
     """
-    if not data:
-        raise Refused(Cause.TRUNCATED_IMAGE, "the file is empty")
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise Refused(Cause.IMAGE_TOO_LARGE, str(error)) from None
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's readers raise nearly anything on bytes they don't understand
-        if data.startswith(_SIGNATURES):
-            raise Refused(
-                Cause.CORRUPT_IMAGE, f"{len(data)} bytes with a header that is cut short or broken"
-            ) from error
-        raise Refused(Cause.NOT_AN_IMAGE, f"{len(data)} bytes that are none of {', '.join(FORMATS)}") from error
+    image = _header(io.BytesIO(data))
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise Refused(Cause.IMAGE_TOO_LARGE, f"{width} x {height} is over the limit of {MAX_PIXELS} pixels")
@@ -124,6 +145,25 @@ def fit(image: Image.Image, height: int, width: int) -> np.ndarray:
     # Rounding may leave the last corner 1e-13 outside the image, which Pillow refuses.
     box = (*box[:2], min(box[2], full_width), min(box[3], full_height))
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
+
+
+def _header(file: IO[bytes]) -> Image.Image:
+    """What Pillow makes of the beginning of a file, with nothing decoded."""
+    start = file.read(_LONGEST_SIGNATURE)
+    if not start:
+        raise Refused(Cause.TRUNCATED_IMAGE, "the file is empty")
+    file.seek(0)
+    try:
+        return Image.open(file, formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise Refused(Cause.IMAGE_TOO_LARGE, str(error)) from None
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's readers raise nearly anything on bytes they don't understand
+        size = file.seek(0, io.SEEK_END)
+        if start.startswith(_SIGNATURES):
+            raise Refused(Cause.CORRUPT_IMAGE, f"{size} bytes with a header that is cut short or broken") from error
+        raise Refused(Cause.NOT_AN_IMAGE, f"{size} bytes that are none of {', '.join(FORMATS)}") from error
 
 
 def _orientation(image: Image.Image) -> int:

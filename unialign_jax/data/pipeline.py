@@ -1,9 +1,10 @@
-"""The input pipeline: JSONL rows -> host batches of static shape, in an order that is a pure function of the seed.
+"""The input pipeline: sources -> host batches of static shape, in an order that is a pure function of the seed.
 
-    source rows ─► shuffle per pass ─► repeat ─► this host's slots ─► decode, tokenize (threads or worker processes)
-      ─► batches (the schedule says of which source) ─► a few batches ahead
+    a source's rows ─► divided among its buckets: streams ─► each shuffled per pass, endless
+    step ─► the schedule's stream, this host's slots ─► decode, tokenize (threads or worker processes)
+      ─► batches ─► a few ahead
 
-The order of a source is one endless sequence of rows: slot j of its k-th batch is at position k · global_batch + j,
+The order of a stream is one endless sequence of rows: slot j of its k-th batch is at position k · global_batch + j,
 whoever reads it. Hence a state is little more than the number of batches drawn, and holds on any number of hosts. A row
 that can't be used does not move the others: another one, drawn at random, stands in for it. The refusal travels with
 that sample as far as the one place that assembles batches: there it is counted exactly once, in order, whatever the
@@ -11,6 +12,7 @@ number of workers.
 """
 
 import dataclasses
+import functools
 import math
 import queue
 import sys
@@ -23,9 +25,11 @@ import grain
 import numpy as np
 
 from unialign_jax.data.arrays import Preparation
+from unialign_jax.data.buckets import bucket_sizes, divide, target_sizes
 from unialign_jax.data.report import CorpusError, Report
 from unialign_jax.data.samples import Refused
-from unialign_jax.data.sources import JsonlSource
+from unialign_jax.data.schedule import Schedule, next_stream
+from unialign_jax.data.sources import Source, SourceConfig, open_source
 from unialign_jax.data.tokenizer import PlainTokenizer, Tokenizer
 
 _STATE_VERSION = 2
@@ -38,38 +42,24 @@ _MIN_SHARED_BYTES = 16 << 10
 
 
 @dataclasses.dataclass(frozen=True)
-class SourceConfig:
-    """One JSONL file and the part it takes in training.
-
-    Attributes:
-      path: the file, local or `gs://`.
-      task: what its rows are for; None takes it from each row's keys (see `JsonlSource`).
-      references: how many reference images its batches have room for. Rows with fewer are padded and masked, rows with
-        more are refused. Edit and perceive rows need 1, compose rows as many as they have at most.
-      weight: share of the batches, relative to the other sources' weights.
-    """
-
-    path: str
-    task: str | None = None
-    references: int = 0
-    weight: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """What batches to make.
 
     Attributes:
       sources: where the samples come from; every batch is of one source.
       global_batch: samples in a batch, over all hosts.
-      height, width: of all images, in pixels.
+      height, width: of all images, in pixels; with `max_aspect`, of the images whose aspect ratio is nearest to theirs.
+      max_aspect: 1: all images are cropped to `height` x `width`. More: those of other aspect ratios, up to this one,
+        are gathered in buckets of other sizes of about the same area, see `buckets`; every batch is of one bucket.
+      side_multiple: of the sides of the other buckets, in pixels: what the autoencoder and the patches need, or more
+        for fewer buckets, each of which is compiled.
       text_length: token ids per text.
       teacher_length: token ids per caption for the semantic teacher; read only when there is a teacher tokenizer.
       seed: of the shuffles, in [0, 2^32).
       refused_share: highest share of a source's rows that may be unusable, in [0, 1); beyond it training stops.
-      threads: reading and decoding threads per source, or per worker process.
-      workers: worker processes, divided among the sources by weight (each gets at least one); 0 reads in this process.
-        More than 0 needs a `__main__` guard in the script, and absl flags that were parsed.
+      threads: reading and decoding threads, of this process or of each worker process.
+      workers: worker processes; 0 reads in this process. More than 0 needs a `__main__` guard in the script, and absl
+        flags that were parsed.
       prefetch: batches assembled ahead, at least 1.
 
     Raises:
@@ -80,6 +70,8 @@ class DataConfig:
     global_batch: int
     height: int
     width: int
+    max_aspect: float = 1.0
+    side_multiple: int = 64
     text_length: int = 256
     teacher_length: int = 256
     seed: int = 0
@@ -90,21 +82,23 @@ class DataConfig:
 
     def __post_init__(self):
         if not self.sources:
-            raise ValueError("sources is empty; expected at least one JSONL file")
-        for source in self.sources:
-            if not source.weight > 0:
-                raise ValueError(f"{source.path}: weight is {source.weight}, expected more than 0")
-            if source.references < 0:
-                raise ValueError(f"{source.path}: references is {source.references}, expected 0 or more")
-        for name in ("global_batch", "height", "width", "text_length", "teacher_length", "threads", "prefetch"):
+            raise ValueError("sources is empty; expected at least one")
+        positive = ("global_batch", "height", "width", "side_multiple", "text_length", "teacher_length", "threads")
+        for name in (*positive, "prefetch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
         if self.workers < 0:
             raise ValueError(f"workers is {self.workers}, expected 0 or more")
+        if self.max_aspect < 1:
+            raise ValueError(f"max_aspect is {self.max_aspect}, expected 1 or more")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}, expected 0 to 2^32 - 1")
         if not 0 <= self.refused_share < 1:
             raise ValueError(f"refused_share is {self.refused_share}, expected at least 0 and less than 1")
+
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of every bucket that batches may be of."""
+        return bucket_sizes(self.height, self.width, self.side_multiple, self.max_aspect)
 
 
 def make_batches(
@@ -134,14 +128,33 @@ def make_batches(
     slots = everything if slots is None else slots
     if not slots or slots[0] not in everything or slots[-1] not in everything:
         raise ValueError(f"slots is {slots}, expected a part of the global batch, {everything}")
-    sources = [JsonlSource(source.path, source.task) for source in config.sources]
-    for source in sources:
+    sources = tuple(open_source(source) for source in config.sources)
+    streams = []
+    for which, (source, source_config) in enumerate(zip(sources, config.sources, strict=True)):
         if len(source) < config.global_batch:
             raise CorpusError(
                 f"{source.path}: {len(source)} rows don't fill one batch; lower global_batch "
                 f"({config.global_batch}) or leave this source out"
             )
-    return Batches(_Plan(config, tuple(sources), tokenizer, teacher_tokenizer, slots))
+        if len(config.sizes()) > 1:
+            parts = divide(target_sizes(source), config.sizes(), least=config.global_batch)
+        else:
+            parts = {config.sizes()[0]: np.arange(len(source))}
+        for (height, width), rows in parts.items():
+            prepare = Preparation(
+                height=height,
+                width=width,
+                references=source_config.references,
+                tokenizer=tokenizer,
+                text_length=config.text_length,
+                teacher_tokenizer=teacher_tokenizer,
+                teacher_length=config.teacher_length,
+            )
+            # Grain counts passes by adding to the seed, so neighbouring seeds would repeat each other's passes.
+            seed = int(np.random.SeedSequence([config.seed, len(streams)]).generate_state(1)[0])
+            weight = source_config.weight * len(rows) / len(source)
+            streams.append(_Stream(which, rows, prepare, weight, seed))
+    return Batches(_Plan(config, sources, tuple(streams), slots))
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -169,22 +182,9 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return first | {"slots": _bounds(range(len(slots))), "reports": [Report.merge(parts) for parts in reports]}
 
 
-def next_source(weights: Sequence[float], drawn: Sequence[int]) -> int:
-    """Which source the next batch is of: the one furthest behind its share, the first of equals.
-
-    Starting from zeros and counting its own answers, this is the schedule: a pure function of the weights and the step,
-    so hosts agree on it without a word. Equal weights take turns.
-
-    Args:
-      weights: positive, one per source.
-      drawn: batches drawn so far, one per source.
-    """
-    total, step = sum(weights), sum(drawn) + 1
-    return max(range(len(weights)), key=lambda i: (weights[i] * step - drawn[i] * total, -i))
-
-
 class Batches(Iterator[dict[str, np.ndarray]]):
-    """Endless host batches; made by `make_batches`. B is the batch of this host, N the source's `references`.
+    """Endless host batches; made by `make_batches`. B is the batch of this host, N the source's `references`, H x W the
+    bucket's size.
 
     Each is a dict of
 
@@ -249,6 +249,12 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         self._stop, self._thread = threading.Event(), None
 
     @property
+    def next_source(self) -> int:
+        """Which source, by its place in the config, the next batch is of."""
+        plan = self._plan
+        return plan.streams[next_stream(plan.weights(), self._state["drawn"])].source
+
+    @property
     def reports(self) -> tuple[Report, ...]:
         """One `Report` per source, as of the last batch returned. `str(report)` is for people."""
         return self._plan.reports(self._state)
@@ -277,14 +283,48 @@ class Batches(Iterator[dict[str, np.ndarray]]):
 
 
 @dataclasses.dataclass(frozen=True)
+class _Stream:
+    """The rows of one source that go into one bucket, in an endless order of their own.
+
+    Attributes:
+      source: which one, by its place in the config.
+      rows: their numbers, int64.
+      prepare: makes arrays of the bucket's size.
+      weight: share of the batches.
+      seed: of the order.
+    """
+
+    source: int
+    rows: np.ndarray
+    prepare: Preparation
+    weight: float
+    seed: int
+
+    @functools.cached_property
+    def _order(self) -> grain.MapDataset:
+        return grain.MapDataset.range(len(self.rows)).shuffle(self.seed).repeat()
+
+    def row(self, position: int) -> int:
+        """The row at a position of the order, which holds every row once per pass."""
+        return int(self.rows[self._order[position]])
+
+    def stand_ins(self, position: int, count: int) -> list[int]:
+        """Rows to take instead of the one at that position, drawn at random."""
+        rng = np.random.default_rng([self.seed, position])
+        return self.rows[rng.integers(len(self.rows), size=count)].tolist()
+
+
+@dataclasses.dataclass(frozen=True)
 class _Plan:
     """Everything about a pipeline that does not change while it runs."""
 
     config: DataConfig
-    sources: tuple[JsonlSource, ...]
-    tokenizer: Tokenizer
-    teacher_tokenizer: PlainTokenizer | None
+    sources: tuple[Source, ...]
+    streams: tuple[_Stream, ...]
     slots: range
+
+    def weights(self) -> list[float]:
+        return [stream.weight for stream in self.streams]
 
     def identity(self) -> dict[str, Any]:
         """What a state and the pipeline that takes it up must have in common."""
@@ -294,10 +334,11 @@ class _Plan:
             "global_batch": self.config.global_batch,
             "weights": [source.weight for source in self.config.sources],
             "fingerprints": [source.fingerprint() for source in self.sources],
+            "buckets": [[stream.source, len(stream.rows)] for stream in self.streams],
         }
 
     def initial_state(self) -> dict[str, Any]:
-        return self.state([0] * len(self.sources), self.new_reports())
+        return self.state([0] * len(self.streams), self.new_reports())
 
     def state(self, drawn: list[int], reports: Sequence[Report]) -> dict[str, Any]:
         progress = {"drawn": list(drawn), "reports": [report.state() for report in reports]}
@@ -330,35 +371,25 @@ class _Plan:
                 "merge_states makes of all hosts' states"
             )
 
-    def position(self, index: int) -> int:
-        return _position(index, self.slots, self.config.global_batch)
-
-    def elements(self, which: int, start: int) -> grain.IterDataset:
-        """Prepared elements of one source for this host, from its `start`-th on."""
-        source, source_config, config = self.sources[which], self.config.sources[which], self.config
-        # Grain counts passes by adding to the seed, so neighbouring seeds would repeat each other's passes.
-        seed = int(np.random.SeedSequence([config.seed, which]).generate_state(1)[0])
-        order = grain.MapDataset.range(len(source)).shuffle(seed).repeat()
-        prepare = Preparation(
-            height=config.height,
-            width=config.width,
-            references=source_config.references,
-            tokenizer=self.tokenizer,
-            text_length=config.text_length,
-            teacher_tokenizer=self.teacher_tokenizer,
-            teacher_length=config.teacher_length,
+    def elements(self, drawn: Sequence[int]) -> grain.IterDataset:
+        """Prepared samples for this host, batch after batch, after those drawn."""
+        config = self.config
+        read = _Read(
+            self.sources,
+            self.streams,
+            Schedule(self.weights(), drawn),
+            self.slots,
+            config.global_batch,
+            _attempts(config.refused_share),
         )
         options = grain.ReadOptions(
             num_threads=config.threads, prefetch_buffer_size=config.threads * _BUFFER_PER_THREAD
         )
-        read = _Read(source, order, self.slots, config.global_batch, prepare, seed, _attempts(config.refused_share))
+        start = sum(drawn) * len(self.slots)
         elements = grain.MapDataset.range(start, sys.maxsize).map(read).to_iter_dataset(options)
         if not config.workers:
             return elements
-        share = source_config.weight / sum(source.weight for source in config.sources)
-        workers = grain.MultiprocessingOptions(
-            num_workers=max(1, round(config.workers * share)), per_worker_buffer_size=_BUFFER_PER_WORKER
-        )
+        workers = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=_BUFFER_PER_WORKER)
         shared = grain.experimental.DatasetOptions(min_shm_size=_MIN_SHARED_BYTES)
         return grain.experimental.WithOptionsIterDataset(elements, shared).mp_prefetch(workers)
 
@@ -371,43 +402,39 @@ class _Read:
     rows keep their places. The element tells of it, and holds no arrays if none of the rows drawn can be used.
     """
 
-    source: JsonlSource
-    order: grain.MapDataset
+    sources: tuple[Source, ...]
+    streams: tuple[_Stream, ...]
+    schedule: Schedule
     slots: range
     global_batch: int
-    prepare: Preparation
-    seed: int
     attempts: int
 
     def __call__(self, index: int) -> dict[str, Any]:
-        position = _position(index, self.slots, self.global_batch)
-        row = self.order[position]
+        step, part = divmod(index, len(self.slots))
+        which, before = self.schedule(step)
+        stream, position = self.streams[which], before * self.global_batch + self.slots[part]
+        source, row = self.sources[stream.source], stream.row(position)
         try:
-            return {"index": index} | self._arrays(row)
+            return {"index": index} | _prepared(stream, source, row)
         except Refused as refused:
-            element = {"index": index, "refusal": (self.source.line(row), str(refused.cause), refused.detail)}
-        rng = np.random.default_rng([self.seed, position])
-        for replacement in rng.integers(len(self.source), size=self.attempts):
+            refusal = (row, source.place(row), str(refused.cause), refused.detail)
+        element = {"index": index, "refusal": refusal}
+        for stand_in in stream.stand_ins(position, self.attempts):
             try:
-                return element | self._arrays(int(replacement))
+                return element | _prepared(stream, source, stand_in)
             except Refused:  # it is counted where it stands in the order itself
                 continue
         return element
 
-    def _arrays(self, row: int) -> dict[str, np.ndarray]:
-        try:
-            return self.prepare(self.source[row])
-        except Refused:
-            raise
-        except Exception as error:
-            error.add_note(f"while reading {self.source.path}, line {self.source.line(row)}")
-            raise
 
-
-def _position(index: int, slots: range, global_batch: int) -> int:
-    """Where this host's `index`-th sample of a source stands in the one order that all hosts share."""
-    batch, part = divmod(index, len(slots))
-    return batch * global_batch + slots[part]
+def _prepared(stream: _Stream, source: Source, row: int) -> dict[str, np.ndarray]:
+    try:
+        return stream.prepare(source[row])
+    except Refused:
+        raise
+    except Exception as error:
+        error.add_note(f"while reading {source.path}, {source.place(row)}")
+        raise
 
 
 def _attempts(refused_share: float) -> int:
@@ -421,32 +448,34 @@ def _bounds(slots: range) -> list[int]:
 
 def _assemble(plan: _Plan, state: dict[str, Any], out: queue.Queue, stop: threading.Event) -> None:
     """Thread body: puts (batch, state after it) into `out` until told to stop; an error is the last thing put."""
-    streams: dict[int, Iterator] = {}
     drawn, reports = list(state["drawn"]), plan.reports(state)
-    weights = [source.weight for source in plan.config.sources]
+    weights = plan.weights()
+    elements = None
     try:
+        elements = iter(plan.elements(drawn))
         while not stop.is_set():
-            which = next_source(weights, drawn)
-            if which not in streams:
-                streams[which] = iter(plan.elements(which, drawn[which] * len(plan.slots)))
-            batch = _next_batch(plan, streams[which], drawn[which], reports[which])
-            drawn[which] += 1
+            batch = _next_batch(plan, elements, drawn, reports)
+            drawn[next_stream(weights, drawn)] += 1
             _put(out, (batch, plan.state(drawn, reports)), stop)
     except Exception as error:  # handed to the consumer, who raises it
         _put(out, error, stop)
     finally:
-        for stream in streams.values():
-            stream.close()
+        if elements is not None:
+            elements.close()
 
 
-def _next_batch(plan: _Plan, stream: Iterator, drawn: int, report: Report) -> dict[str, np.ndarray]:
+def _next_batch(plan: _Plan, elements: Iterator, drawn: list[int], reports: Sequence[Report]) -> dict[str, np.ndarray]:
+    source = plan.streams[next_stream(plan.weights(), drawn)].source
+    report = reports[source]
+    before = sum(count for count, stream in zip(drawn, plan.streams, strict=True) if stream.source == source)
     samples = []
-    for index in range(drawn * len(plan.slots), (drawn + 1) * len(plan.slots)):
-        element = next(stream, None)
-        if element is None or element.pop("index") != index:
+    for part, slot in enumerate(plan.slots):
+        element = next(elements, None)
+        if element is None or element.pop("index") != sum(drawn) * len(plan.slots) + part:
             # Grain goes on silently without the elements of a worker process that was killed.
             raise RuntimeError(f"{report.path}: a worker process died, its samples are lost; resume from the state")
-        report.add(plan.position(index) // report.rows, element.pop("refusal", None))
+        pass_index = (before * plan.config.global_batch + slot) // report.rows
+        report.add(pass_index, element.pop("refusal", None))
         if not element:
             raise report.too_many()
         samples.append(element)

@@ -31,16 +31,16 @@ class Report:
         self.limit = limit
         self.read = 0
         self.refused: collections.Counter[str] = collections.Counter()
-        self.named: dict[int, tuple[str, str]] = {}
+        self.named: dict[int, tuple[str, str, str]] = {}
         self._pass = 0
         self._refused_in_pass = 0
 
-    def add(self, pass_index: int, refusal: tuple[int, str, str] | None = None) -> None:
+    def add(self, pass_index: int, refusal: tuple[int, str, str, str] | None = None) -> None:
         """Counts one row read.
 
         Args:
           pass_index: how often the file had been gone through before.
-          refusal: (line, cause, detail) when the row was refused.
+          refusal: (row, its place in the source, cause, detail) when the row was refused.
 
         Raises:
           CorpusError: too many were; the message is the report.
@@ -50,11 +50,11 @@ class Report:
         self.read += 1
         if refusal is None:
             return
-        line, cause, detail = refusal
+        row, place, cause, detail = refusal
         self.refused[cause] += 1
         self._refused_in_pass += 1
         if len(self.named) < _MAX_NAMED:
-            self.named[line] = (cause, detail)
+            self.named[row] = (place, cause, detail)
         expected = self.limit * self.read
         certain = self._refused_in_pass > self.limit * self.rows + 1e-9
         if certain or self.refused.total() > expected + 4 * math.sqrt(expected) + 5:
@@ -73,7 +73,7 @@ class Report:
             "rows": self.rows,
             "read": self.read,
             "refused": dict(self.refused),
-            "named": [[line, *why] for line, why in self.named.items()],
+            "named": [[row, *why] for row, why in self.named.items()],
             "pass": self._pass,
             "refused_in_pass": self._refused_in_pass,
         }
@@ -82,7 +82,7 @@ class Report:
         """Goes on from a `state()`; path, rows and limit stay those given at construction."""
         self.read = state["read"]
         self.refused = collections.Counter(state["refused"])
-        self.named = {line: (cause, detail) for line, cause, detail in state["named"]}
+        self.named = {row: (place, cause, detail) for row, place, cause, detail in state["named"]}
         self._pass, self._refused_in_pass = state["pass"], state["refused_in_pass"]
 
     @staticmethod
@@ -90,11 +90,11 @@ class Report:
         """The account of all hosts, from the `state()` of each one's report of the same source."""
         last_pass = max(state["pass"] for state in states)
         refused = sum((collections.Counter(state["refused"]) for state in states), collections.Counter())
-        named = {line: why for state in states for line, *why in state["named"]}
+        named = {row: why for state in states for row, *why in state["named"]}
         return states[0] | {
             "read": sum(state["read"] for state in states),
             "refused": dict(refused),
-            "named": [[line, *why] for line, why in itertools.islice(sorted(named.items()), _MAX_NAMED)],
+            "named": [[row, *why] for row, why in itertools.islice(sorted(named.items()), _MAX_NAMED)],
             "pass": last_pass,
             "refused_in_pass": sum(state["refused_in_pass"] for state in states if state["pass"] == last_pass),
         }
@@ -106,6 +106,6 @@ class Report:
         lines = [f"{self.path}: {refused} of {self.read} rows read refused ({share:.2%}; limit {self.limit:.2%})"]
         for cause, count in self.refused.most_common():
             lines.append(f"  {cause}: {count}")
-            rows = [(line, detail) for line, (why, detail) in sorted(self.named.items()) if why == cause]
-            lines += [f"    line {line}: {detail}" for line, detail in rows[:10]]
+            rows = [(place, detail) for _, (place, why, detail) in sorted(self.named.items()) if why == cause]
+            lines += [f"    {place}: {detail}" for place, detail in rows[:10]]
         return "\n".join(lines)

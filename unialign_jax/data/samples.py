@@ -16,6 +16,7 @@ the text pass makes `caption` (or `answer`, after `question`) from `target`.
 import dataclasses
 import enum
 
+Image = str | bytes
 TASKS = ("generate", "edit", "perceive", "compose", "caption", "answer")
 
 
@@ -23,8 +24,11 @@ class Cause(enum.StrEnum):
     """Why a row can't be used. Rows are counted by these."""
 
     MALFORMED_JSON = "malformed JSON"
+    UNREADABLE_RECORD = "unreadable record"
     MISSING_KEY = "missing key"
     WRONG_TYPE = "wrong type"
+    TURNS_OUT_OF_ORDER = "turns out of order"
+    UNKNOWN_TASK = "unknown task"
     EMPTY_TEXT = "empty text"
     MALFORMED_TEXT = "malformed text"
     IMAGE_COUNT = "wrong number of images"
@@ -57,8 +61,8 @@ class Sample:
 
     Attributes:
       task: one of `TASKS`.
-      target: path (local or `gs://`) of the image that is generated, or described.
-      references: paths of the images that condition it, in order.
+      target: the image that is generated, or described: its path (local or `gs://`), or the bytes of its file.
+      references: the images that condition it, in order; each as `target`.
       caption: what the target shows.
       instruction: the text the image pass is conditioned on.
       question, answer: of task 'answer' alone.
@@ -69,8 +73,8 @@ class Sample:
     """
 
     task: str
-    target: str
-    references: tuple[str, ...] = ()
+    target: Image
+    references: tuple[Image, ...] = ()
     caption: str = ""
     instruction: str = ""
     question: str = ""

@@ -5,6 +5,7 @@ A run of a stage lives in `WORKDIR/STAGE`: `checkpoints/`, `tokenizer/` and Tens
 
 import contextlib
 import dataclasses
+import functools
 import time
 from typing import Any
 
@@ -14,14 +15,14 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from unialign_jax import pretrained, storage
 from unialign_jax.batch import Batch
 from unialign_jax.checkpoints import Checkpoints
-from unialign_jax.data.pipeline import Batches, make_batches, next_source
+from unialign_jax.data.pipeline import make_batches
 from unialign_jax.data.samples import Refused
-from unialign_jax.data.sources import JsonlSource
+from unialign_jax.data.sources import open_source
 from unialign_jax.data.tokenizer import PlainTokenizer, Tokenizer
 from unialign_jax.networks import Networks, Params, build_networks
-from unialign_jax.pretrained import initial_params
 from unialign_jax.state import TrainState, create_state
 from unialign_jax.training import flops, run_config, saved_config, writers
 from unialign_jax.training.metrics import DelayedMetrics, Stopwatch, progress_line
@@ -46,7 +47,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
       FileNotFoundError: files that the config names do not exist.
     """
     run = run_config.read(config)
-    directory = epath.Path(workdir).expanduser().resolve() / run.stage
+    directory = storage.absolute(workdir) / run.stage
     speaks = jax.process_index() == 0
     device = jax.local_devices()[0]
 
@@ -58,9 +59,14 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
         )
         latest = checkpoints.latest_step()
         resume_step = latest if run.resume_step is None else run.resume_step
+        # Exactly where it started, however far that run has gone on: what is not trained comes from there each time.
+        if resume_step is None:
+            init = None if run.init is None else str(pretrained.locate(run.init))
+        else:
+            init = checkpoints.meta(resume_step)["init"]
 
         # Text becomes ids. The tokenizer is part of the run: samplers of its checkpoints read it from the directory.
-        tokenizer = _make_tokenizer(run, directory / "tokenizer", resuming=resume_step is not None)
+        tokenizer = _make_tokenizer(run, init, directory / "tokenizer", resuming=resume_step is not None)
         teacher_tokenizer = None
         if run.model.get("teacher"):
             teacher_tokenizer = PlainTokenizer.load(run.teacher_tokenizer) if run.teacher_tokenizer else tokenizer
@@ -84,10 +90,12 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
             return create_state({name: params[name] for name in run.trained}, run.optimizer)
 
         abstract_params = jax.eval_shape(networks.init, init_key)
-        frozen_names = [name for name in abstract_params if name not in run.trained]
-        frozen = jax.device_put(initial_params(networks, init_key, frozen_names, run.init), device)
+        start_from = functools.partial(
+            pretrained.initial_params, networks, init_key, source=init, average=run.init_average
+        )
+        frozen = start_from({name: tree for name, tree in abstract_params.items() if name not in run.trained})
         if resume_step is None:
-            params = initial_params(networks, init_key, run.trained, run.init)
+            params = start_from({name: abstract_params[name] for name in run.trained})
             # Committed to its device, as restored arrays are: a resumed run then finds the same program in XLA's cache.
             state = jax.device_put(jax.jit(fresh_state, donate_argnums=0)(params), device)
         else:
@@ -103,6 +111,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
         meta = {
             "stage": run.stage,
             "config": saved_as,
+            "init": init,
             "data": batches.get_state()["fingerprints"],
             "versions": saved_config.library_versions(),
         }
@@ -115,6 +124,8 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
 
         count = sum(x.size for x in jax.tree.leaves(state.params))
         say(f"{count / 1e6:.4g} M trained parameters, {'resuming after' if start else 'starting at'} step {start}")
+        if init is not None:
+            say(f"{'started' if start else 'starts'} from {init}")
 
         # The loop. The host never waits for the step it has just queued, only for one some steps before.
         train_step = jax.jit(
@@ -123,7 +134,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
         compiled: dict[Any, Any] = {}
         window, watch = DelayedMetrics(), Stopwatch()
         for step in range(start + 1, run.steps + 1):
-            source = _name_of_next(run, batches)
+            source = run.source_names[batches.next_source]
             with watch.waiting():
                 arrays = next(batches)
             batch = jax.device_put(Batch(null_ids=null_ids, **arrays), device)
@@ -165,12 +176,14 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
     return state
 
 
-def _make_tokenizer(run: RunConfig, directory: epath.Path, *, resuming: bool) -> Tokenizer:
-    """The run's tokenizer, kept in `directory`: the one the resumed steps were trained with, else loaded or learned."""
+def _make_tokenizer(run: RunConfig, init: str | None, directory: epath.Path, *, resuming: bool) -> Tokenizer:
+    """The run's tokenizer, kept in `directory`: the one the parameters were trained with, else loaded or learned."""
     if resuming:
         return Tokenizer.load(directory)
     if run.tokenizer.path is not None:
         tokenizer = Tokenizer.load(run.tokenizer.path)
+    elif init is not None:
+        tokenizer = Tokenizer.load(pretrained.tokenizer_directory(epath.Path(init)))
     else:
         tokenizer = Tokenizer.learn(_texts(run), run.tokenizer.learn_vocab_size)
     tokenizer.save(directory)
@@ -180,7 +193,7 @@ def _make_tokenizer(run: RunConfig, directory: epath.Path, *, resuming: bool) ->
 def _texts(run: RunConfig):
     """All texts of the sources, for learning a tokenizer. Rows that can't be used are reported while training."""
     for source in run.data.sources:
-        rows = JsonlSource(source.path, source.task)
+        rows = open_source(source)
         for index in range(len(rows)):
             try:
                 sample = rows[index]
@@ -216,11 +229,6 @@ def _accept(meta: dict[str, Any], current: dict[str, Any], run: RunConfig) -> No
     changed = saved_config.check_unchanged(meta["config"], current, run.allow_changed)
     for key, (old, new) in changed.items():
         logging.warning("config key %s was %r and is now %r, as allowed", key, old, new)
-
-
-def _name_of_next(run: RunConfig, batches: Batches) -> str:
-    weights = [source.weight for source in run.data.sources]
-    return run.source_names[next_source(weights, batches.get_state()["drawn"])]
 
 
 def _step_flops(run: RunConfig, networks: Networks, batch: Batch) -> int:

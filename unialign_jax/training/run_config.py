@@ -25,7 +25,8 @@ class TokenizerConfig:
 
     Attributes:
       path: directory of a saved tokenizer.
-      learn_vocab_size: learn one of this size from the captions of the data, once, at the start of the run.
+      learn_vocab_size: learn one of this size from the captions of the data, once, at the start of the run. A run that
+        starts from another (`RunConfig.init`) takes over that one's tokenizer instead: parameters go with their ids.
     """
 
     path: str | None = None
@@ -95,7 +96,9 @@ class RunConfig:
       tokenizer: of the text encoder.
       teacher_tokenizer: directory of the teacher's; None: the teacher reads the text encoder's ids.
       trained: which networks are trained, of `NETWORKS`; the rest is frozen.
-      init: directory of a converted checkpoint to start from; None: random.
+      init: what to start from: a run's stage directory (its newest step), a step in one, or a converted directory;
+        None: random.
+      init_average: of a run, start from the moving average of its parameters where one was kept.
       micro_batches: parts in which a batch is worked off, see `training.step`.
       dtype: compute dtype, "bfloat16" or "float32".
       remat: what the backward pass recomputes, see `models.unialign.REMAT_POLICIES`.
@@ -118,6 +121,7 @@ class RunConfig:
     teacher_tokenizer: str | None = None
     trained: tuple[str, ...] = ("transformer",)
     init: str | None = None
+    init_average: bool = True
     micro_batches: int = 1
     dtype: str = "bfloat16"
     remat: str = "none"

@@ -1,15 +1,16 @@
 """Reading rows: every published form, and every reason to refuse one."""
 
 import json
+import os
 import pickle
 
 import pytest
-from etils import epath
 
-from unialign_jax.data import sources
+from unialign_jax.data import jsonl
+from unialign_jax.data.jsonl import JsonlSource
 from unialign_jax.data.report import CorpusError
+from unialign_jax.data.rows import parse_row
 from unialign_jax.data.samples import Cause, Refused, Sample
-from unialign_jax.data.sources import JsonlSource, parse_row
 
 TURNS = [{"from": "human", "value": "a cat"}, {"from": "gpt", "value": "<image>"}]
 GENERATE = {"dataset": "d", "image": ["a.png"], "conversations": TURNS, "img_w": [1], "img_h": [1]}
@@ -23,9 +24,13 @@ COMPOSE = {
 ANSWER = {"image": ["a.png"], "question": "how many?", "answer": "two"}
 
 
+def find(path):
+    return path if "://" in path else os.path.join("/data", path)
+
+
 def parse(row, task=None):
     line = row if isinstance(row, bytes) else json.dumps(row).encode()
-    return parse_row(line, task, epath.Path("/data"))
+    return parse_row(line, task, find)
 
 
 def refusal(row, task=None):
@@ -70,7 +75,7 @@ def test_paths_are_relative_to_the_file_unless_absolute():
         (EDIT | {"conversations": [{"from": "human"}]}, None, Cause.MISSING_KEY, "'conversations'[0]: 'value'"),
         ({k: v for k, v in EDIT.items() if k != "instruction"}, "edit", Cause.MISSING_KEY, "'instruction'"),
         ({k: v for k, v in COMPOSE.items() if k != "edit_prompt"}, None, Cause.MISSING_KEY, "'edit_prompt'"),
-        (GENERATE | {"image": "a.png"}, None, Cause.WRONG_TYPE, "'image'"),
+        (EDIT | {"image": "a.png"}, None, Cause.WRONG_TYPE, "'image'"),
         (GENERATE | {"image": [3]}, None, Cause.WRONG_TYPE, "'image'"),
         (GENERATE | {"conversations": []}, None, Cause.WRONG_TYPE, "'conversations'"),
         (GENERATE | {"conversations": ["a cat"]}, None, Cause.WRONG_TYPE, "'conversations'"),
@@ -109,7 +114,7 @@ def test_a_sample_of_no_task_is_a_programming_error():
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1 << 20])
 def test_random_access_to_lines_however_they_are_broken(tmp_path, monkeypatch, chunk):
     """Blank lines, both kinds of line break, a byte order mark, no break at the end; lines split over chunks."""
-    monkeypatch.setattr(sources, "_CHUNK", chunk)
+    monkeypatch.setattr(jsonl, "_CHUNK", chunk)
     rows = [json.dumps(GENERATE | {"image": [f"{i}é.png"]}, ensure_ascii=False).encode() for i in range(4)]
     content = b"\xef\xbb\xbf" + rows[0] + b"\r\n\n" + rows[1] + b"\n\r\n\nx\n" + rows[2] + b"\n" + rows[3]
     path = tmp_path / "rows.jsonl"
@@ -117,7 +122,7 @@ def test_random_access_to_lines_however_they_are_broken(tmp_path, monkeypatch, c
         path.write_bytes(content + ending)
         source = JsonlSource(path)
         assert len(source) == 5
-        assert [source.line(i) for i in range(5)] == [1, 3, 6, 7, 8]
+        assert [source.place(i) for i in range(5)] == [f"line {n}" for n in (1, 3, 6, 7, 8)]
         for index, i in {0: 0, 4: 3, 1: 1, 3: 2}.items():
             assert source[index].target == str(tmp_path / f"{i}é.png")
         with pytest.raises(Refused, match="malformed JSON"):
@@ -127,7 +132,7 @@ def test_random_access_to_lines_however_they_are_broken(tmp_path, monkeypatch, c
 
 
 def test_sources_that_are_no_files(tmp_path):
-    with pytest.raises(CorpusError, match=r"absent.jsonl: expected a JSONL file, found no such file"):
+    with pytest.raises(CorpusError, match=r"absent.jsonl: expected a file of JSON rows, found no such file"):
         JsonlSource(tmp_path / "absent.jsonl")
     with pytest.raises(CorpusError, match="found no such file"):
         JsonlSource(tmp_path)

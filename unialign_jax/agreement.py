@@ -1,0 +1,73 @@
+"""What all processes of a run do or refuse together: none goes on alone after another has failed.
+
+Every function must be called by all processes, in the same order. With one process each is just its call.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+T = TypeVar("T")
+# Messages travel in blocks of this many bytes, so that few shapes of the exchange are compiled.
+_BLOCK = 1024
+
+
+class FailedElsewhere(ValueError):
+    """Another process failed, with an error of a class that is unknown here. The message says which and why."""
+
+
+def everywhere(call: Callable[[], T], *errors: type[Exception]) -> T:
+    """Calls in every process; if it fails in any, all raise the error of the first that failed.
+
+    `call` must not wait for other processes itself: one that has failed would not come.
+
+    Args:
+      call: takes no arguments.
+      errors: classes that are raised as themselves in the processes which did not fail, where only their name and
+        message arrive; those of any other class become `FailedElsewhere`.
+
+    Returns:
+      This process's result.
+    """
+    if jax.process_count() == 1:
+        return call()
+    result, failure = None, None
+    try:
+        result = call()
+    except Exception as error:  # of any kind: the others must hear of it, and it is raised below
+        failure = error
+    outcomes = gather(None if failure is None else [type(failure).__name__, str(failure)])
+    failed = [index for index, outcome in enumerate(outcomes) if outcome is not None]
+    if not failed:
+        return result
+    if failed[0] == jax.process_index():
+        raise failure
+    name, message = outcomes[failed[0]]
+    kind = next((error for error in errors if error.__name__ == name), None)
+    if kind is None:
+        raise FailedElsewhere(f"process {failed[0]} failed: {name}: {message}") from failure
+    raise kind(message) from failure
+
+
+def primary(call: Callable[[], Any], *errors: type[Exception]) -> Any:
+    """Calls in process 0 only, and gives all processes its JSON-serialisable result, or its error as `everywhere`."""
+    if jax.process_count() == 1:
+        return call()
+    result = everywhere(lambda: call() if jax.process_index() == 0 else None, *errors)
+    return gather(result if jax.process_index() == 0 else None)[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """Each process's JSON-serialisable value, by process, in all processes."""
+    if jax.process_count() == 1:
+        return [value]
+    data = json.dumps(value).encode()
+    lengths = multihost_utils.process_allgather(np.int32(len(data)))
+    padded = np.zeros(-(-int(lengths.max()) // _BLOCK) * _BLOCK, np.uint8)
+    padded[: len(data)] = np.frombuffer(data, np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]

@@ -1,0 +1,134 @@
+"""Aspect-ratio buckets: a few image sizes of about equal area, and which rows of a source go into which.
+
+    python -m unialign_jax.data.buckets --source=PATH [--format=...]
+
+measures the images of a source beforehand, from their headers, and keeps the sizes in a file beside it. Training does
+that itself where the file is missing, but then every host does.
+"""
+
+import concurrent.futures
+import io
+import json
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import tqdm
+from absl import app, flags, logging
+from etils import epath
+
+from unialign_jax.data import images
+from unialign_jax.data.samples import Refused
+from unialign_jax.data.sources import FORMATS, Source, SourceConfig, open_source
+
+_THREADS = 16
+_CHUNK = 256
+
+
+def bucket_sizes(height: int, width: int, multiple: int, max_aspect: float) -> tuple[tuple[int, int], ...]:
+    """The sizes (height, width), from wide to tall; all of at most the area given, with sides that are multiples.
+
+    Args:
+      height, width: one of the sizes; its area is what the others nearly fill.
+      multiple: of the other sizes' sides, in pixels.
+      max_aspect: longer side by shorter, at most; 1 leaves `(height, width)` alone.
+
+    Raises:
+      ValueError: `max_aspect` is less than 1.
+    """
+    if max_aspect < 1:
+        raise ValueError(f"max_aspect is {max_aspect}, expected 1 or more")
+    sizes = {(height, width)}
+    area = height * width
+    for short in range(multiple, math.isqrt(area) + 1, multiple):
+        long = area // short // multiple * multiple
+        if short < long <= short * max_aspect:
+            sizes |= {(short, long), (long, short)}
+    return tuple(sorted(sizes, key=lambda size: size[0] / size[1]))
+
+
+def divide(measured: np.ndarray, sizes: Sequence[tuple[int, int]], least: int) -> dict[tuple[int, int], np.ndarray]:
+    """The rows of each bucket: those whose aspect ratio is nearest to its own, by the ratio of the two.
+
+    A bucket with too few rows is given up, the smallest first, and its rows go to the nearest of the others. Images of
+    unknown size count as square.
+
+    Args:
+      measured: integers `[rows, 2]`, height and width of each row's target; 0 where unknown.
+      sizes: the buckets, from wide to tall.
+      least: rows that a bucket must have.
+
+    Returns:
+      Size -> row numbers, ascending int64; every row is in one bucket.
+    """
+    known = np.where(measured.min(axis=1, keepdims=True) > 0, measured, 1)
+    aspects = np.log(known[:, 0] / known[:, 1])
+    sizes = list(sizes)
+    while True:
+        centres = np.array([math.log(height / width) for height, width in sizes])
+        nearest = np.searchsorted((centres[1:] + centres[:-1]) / 2, aspects)
+        counts = np.bincount(nearest, minlength=len(sizes))
+        if len(sizes) == 1 or counts.min() >= least:
+            return {size: np.flatnonzero(nearest == i) for i, size in enumerate(sizes)}
+        del sizes[int(counts.argmin())]
+
+
+def target_sizes(source: Source) -> np.ndarray:
+    """Height and width of every row's target, int32 `[rows, 2]`; 0 where the row can't be used.
+
+    They are read from the images' headers once, and kept in `source.sizes_path`.
+    """
+    path = epath.Path(source.sizes_path)
+    if path.exists():
+        with np.load(io.BytesIO(path.read_bytes())) as kept:
+            if json.loads(str(kept["fingerprint"])) == source.fingerprint():
+                return kept["sizes"]
+        logging.warning("%s was made of another state of %s: the images are measured anew", path, source.path)
+    chunks = [range(start, min(start + _CHUNK, len(source))) for start in range(0, len(source), _CHUNK)]
+    sizes = np.zeros((len(source), 2), np.int32)
+
+    def measure(rows: range) -> list[tuple[int, int]]:
+        return [_measure(source, row) for row in rows]
+
+    with (
+        concurrent.futures.ThreadPoolExecutor(_THREADS) as pool,
+        tqdm.tqdm(total=len(source), desc=f"measuring the images of {source.path}", unit="image") as bar,
+    ):
+        for rows, part in zip(chunks, pool.map(measure, chunks), strict=True):
+            sizes[rows.start : rows.stop] = part
+            bar.update(len(rows))
+    try:
+        save_sizes(path, source.fingerprint(), sizes)
+    except OSError as error:
+        logging.warning("%s can't be written (%s): the images will be measured again next time", path, error)
+    return sizes
+
+
+def save_sizes(path: epath.Path, fingerprint: dict, sizes: np.ndarray) -> None:
+    """Writes what `target_sizes` reads, all at once."""
+    content = io.BytesIO()
+    np.savez_compressed(content, fingerprint=json.dumps(fingerprint), sizes=sizes)
+    begun = path.with_name(path.name + ".incomplete")
+    begun.write_bytes(content.getvalue())
+    begun.rename(path)
+
+
+def _measure(source: Source, row: int) -> tuple[int, int]:
+    try:
+        return images.upright_size(source[row].target)
+    except Refused:  # counted and named when the row is read
+        return 0, 0
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    source = open_source(SourceConfig(_SOURCE.value, _FORMAT.value))
+    sizes = target_sizes(source)
+    print(f"{len(sizes)} rows, of which {int((sizes.min(axis=1) == 0).sum())} can't be used: {source.sizes_path}")
+
+
+if __name__ == "__main__":
+    _SOURCE = flags.DEFINE_string("source", None, "File or directory, see sources.SourceConfig.", required=True)
+    _FORMAT = flags.DEFINE_enum("format", "rows", FORMATS, "What it is.")
+    app.run(main)

@@ -1,0 +1,203 @@
+"""Readers of rows in JSON, with random access: the published JSONL files, and conversations."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from etils import epath
+
+from unialign_jax.data.report import CorpusError
+from unialign_jax.data.rows import count_pairs, parse_conversation, parse_row
+from unialign_jax.data.samples import TASKS, Sample
+
+SIZES_SUFFIX = ".sizes.npz"
+_CHUNK = 16 << 20
+
+
+class JsonlSource:
+    """Published rows of a JSONL file by index; the lines stay on disk, only their offsets are held (24 bytes a row).
+
+    Blank lines are not rows. Picklable; may be read from several threads and processes at once.
+
+    Args:
+      path: the file, local or `gs://`.
+      task: what every row is for; None takes it from each row's keys, which can't tell 'perceive' from 'edit' nor
+        'caption' from 'generate' (these pairs share a form).
+
+    Raises:
+      CorpusError: no such file, or no rows in it.
+      ValueError: no such task.
+    """
+
+    def __init__(self, path: epath.PathLike, task: str | None = None):
+        if task is not None and task not in TASKS:
+            raise ValueError(f"{path}: no task {task!r}; the tasks are {', '.join(TASKS)}")
+        self.path, self.sizes_path = str(path), f"{path}{SIZES_SUFFIX}"
+        self._rows = _Rows(epath.Path(path), "line", _index_rows)
+        self._task = task
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample of one row; its images are not looked at.
+
+        Raises:
+          Refused: the row can't be used.
+        """
+        return parse_row(self._rows[index], self._task, self._rows.find)
+
+    def place(self, index: int) -> str:
+        """The row's line in the file, from 1."""
+        return self._rows.place(index)
+
+    def fingerprint(self) -> dict[str, int]:
+        """What tells that a file is no longer the one a run had read: rows, and where the last one ends."""
+        return self._rows.fingerprint()
+
+
+class ConversationSource:
+    """Conversations, of a JSONL file or a JSON array, by index: each pair of turns is one sample.
+
+    Rows are parsed once to count their pairs, and stay on disk. Picklable; may be read from several threads and
+    processes at once.
+
+    Args:
+      path: the file, local or `gs://`.
+      task: 'answer' (None is the same), 'caption' or 'generate', see `rows.parse_conversation`.
+
+    Raises:
+      CorpusError: no such file, no rows in it, or a JSON array that is broken.
+      ValueError: another task.
+    """
+
+    def __init__(self, path: epath.PathLike, task: str | None = None):
+        if task not in (None, "answer", "caption", "generate"):
+            raise ValueError(f"{path}: conversations are for answer, caption or generate, not for {task!r}")
+        self.path, self.sizes_path = str(path), f"{path}{SIZES_SUFFIX}"
+        file = epath.Path(path)
+        if _begins_with(file, b"["):
+            self._rows = _Rows(file, "row", _index_array)
+        else:
+            self._rows = _Rows(file, "line", _index_rows)
+        self._task = task
+        # Which sample is a row's first; one more for the end.
+        counts = [count_pairs(line) for line in self._rows]
+        self._firsts = np.concatenate([[0], np.cumsum(counts)])
+
+    def __len__(self) -> int:
+        return int(self._firsts[-1])
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample of one pair of turns; its image is not looked at.
+
+        Raises:
+          Refused: it can't be used.
+        """
+        row, pair = self._locate(index)
+        return parse_conversation(self._rows[row], self._task, pair, self._rows.find)
+
+    def place(self, index: int) -> str:
+        """The row's place in the file and the pair of turns, both from 1."""
+        row, pair = self._locate(index)
+        return f"{self._rows.place(row)}, pair {pair + 1}"
+
+    def fingerprint(self) -> dict[str, int]:
+        """What tells that a file is no longer the one a run had read."""
+        return self._rows.fingerprint() | {"samples": len(self)}
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        row = int(np.searchsorted(self._firsts, index, side="right")) - 1
+        return row, index - int(self._firsts[row])
+
+
+class _Rows:
+    """The encoded rows of one file, by index and in order."""
+
+    def __init__(self, file: epath.Path, unit: str, make_index: Callable):
+        self._file, self._unit = file, unit
+        try:
+            self._starts, self._ends, self._numbers = make_index(file)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise CorpusError(f"{file}: expected a file of JSON rows, found no such file") from None
+        except (ValueError, RecursionError) as error:
+            raise CorpusError(f"{file}: expected an array of JSON objects: {error}") from None
+        if not len(self._starts):
+            raise CorpusError(f"{file}: expected JSON objects, one per line, found no rows")
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> bytes:
+        start = int(self._starts[index])
+        with self._file.open("rb") as file:
+            file.seek(start)
+            return file.read(int(self._ends[index]) - start)
+
+    def __iter__(self) -> Iterator[bytes]:
+        with self._file.open("rb") as file:
+            for start, end in zip(self._starts.tolist(), self._ends.tolist(), strict=True):
+                file.seek(start)
+                yield file.read(end - start)
+
+    def find(self, path: str) -> str:
+        return path if "://" in path else str(self._file.parent / path)
+
+    def place(self, index: int) -> str:
+        return f"{self._unit} {self._numbers[index]}"
+
+    def fingerprint(self) -> dict[str, int]:
+        return {"rows": len(self), "bytes": int(self._ends[-1])}
+
+
+def _begins_with(file: epath.Path, mark: bytes) -> bool:
+    try:
+        with file.open("rb") as stream:
+            return stream.read(64).decode("utf-8-sig", "replace").lstrip().encode().startswith(mark)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        return False  # said better when it is read
+
+
+def _index_rows(file: epath.Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Start, end (exclusive, without the line break) and number of every line that is not blank; int64 `[rows]`."""
+    breaks, returns = [], []  # offsets of line feeds; whether a carriage return stands before each
+    size, last = 0, b""
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            data = np.frombuffer(last[-1:] + chunk, np.uint8)
+            at = np.flatnonzero(data[len(last[-1:]) :] == ord("\n"))
+            before = at - 1 + len(last[-1:])
+            returns.append((before >= 0) & (data[before] == ord("\r")))
+            breaks.append(at + size)
+            size += len(chunk)
+            last = chunk
+    if size and not last.endswith(b"\n"):
+        breaks.append(np.array([size]))
+        returns.append(np.array([last.endswith(b"\r")]))
+    if not size:
+        return (np.zeros(0, np.int64),) * 3
+    feeds = np.concatenate(breaks)
+    starts = np.concatenate([[0], feeds[:-1] + 1])
+    ends = feeds - np.concatenate(returns)
+    lines = np.flatnonzero(ends > starts)
+    return starts[lines], ends[lines], lines + 1
+
+
+def _index_array(file: epath.Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As `_index_rows`, of the elements of a JSON array, numbered from 1."""
+    text = file.read_bytes().decode("utf-8")
+    decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
+    starts, ends = [], []
+    at = text.index("[") + 1
+    offset = len(text[:at].encode())
+    while True:
+        begin = space.match(text, at).end()
+        if text.startswith("]", begin):
+            break
+        end = decoder.raw_decode(text, begin)[1]
+        starts.append(offset + len(text[at:begin].encode()))
+        offset = starts[-1] + len(text[begin:end].encode())
+        ends.append(offset)
+        at = end
+    return np.array(starts, np.int64), np.array(ends, np.int64), np.arange(1, len(starts) + 1)

@@ -1,0 +1,118 @@
+"""WebDataset tars, with random access. Made to be converted once (`launch/build.py`): opening one reads every header.
+
+The files of a sample stand together and share a name up to the first dot:
+
+    000017.jpg, 000017.txt     an image and its caption
+    000017.json, ...           a row in a published form (`rows`), which names its images: other files of the tar
+"""
+
+import tarfile
+from collections.abc import Iterator
+
+import tqdm
+from etils import epath
+
+from unialign_jax.data.report import CorpusError
+from unialign_jax.data.rows import parse_row
+from unialign_jax.data.samples import TASKS, Cause, Refused, Sample
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jp2")
+_Members = dict[str, tuple[int, int]]  # suffix -> offset and size in the tar
+
+
+class TarSource:
+    """The samples of the tars of a directory, by index.
+
+    Args:
+      path: a tar, or a directory of them (read in the order of their names), local or `gs://`; not compressed.
+      task: what every sample is for; None takes it from each row's keys; captions are for 'generate'.
+
+    Raises:
+      CorpusError: no tars, or no samples in them, or a tar that can't be read.
+      ValueError: no such task.
+    """
+
+    def __init__(self, path: epath.PathLike, task: str | None = None):
+        if task is not None and task not in TASKS:
+            raise ValueError(f"{path}: no task {task!r}; the tasks are {', '.join(TASKS)}")
+        self.path = str(path)
+        self.sizes_path = f"{path}.sizes.npz"
+        self._task = task
+        root = epath.Path(path)
+        self._tars = sorted(root.glob("*.tar")) if root.is_dir() else [root]
+        if not self._tars:
+            raise CorpusError(f"{path}: expected tars (*.tar), found none")
+        self._samples: list[tuple[int, str, _Members]] = []
+        for number, tar in enumerate(tqdm.tqdm(self._tars, desc=f"indexing {path}", unit="tar")):
+            self._samples += [(number, key, members) for key, members in _samples_of(tar)]
+        if not self._samples:
+            raise CorpusError(f"{path}: expected samples, found no files in its {len(self._tars)} tar(s)")
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        """One sample, with the bytes of its images.
+
+        Raises:
+          Refused: it can't be used.
+        """
+        number, key, members = self._samples[index]
+
+        def read(suffix: str) -> bytes:
+            offset, size = members[suffix]
+            with self._tars[number].open("rb") as file:
+                file.seek(offset)
+                return file.read(size)
+
+        def find(name: str) -> bytes:
+            stem, _, suffix = name.rpartition("/")[2].partition(".")
+            if stem != key.rpartition("/")[2] or suffix not in members:
+                raise Refused(Cause.MISSING_IMAGE, f"{name!r}: no such file in the sample {key!r}")
+            return read(suffix)
+
+        if "json" in members:
+            return parse_row(read("json"), self._task, find)
+        images = [suffix for suffix in members if suffix.lower() in IMAGE_SUFFIXES]
+        if len(images) != 1:
+            raise Refused(Cause.IMAGE_COUNT, f"expected 1 image, found {len(images)} among {', '.join(members)}")
+        if "txt" not in members:
+            raise Refused(Cause.MISSING_KEY, f"expected 'txt' or 'json', found {', '.join(members)}")
+        try:
+            caption = read("txt").decode("utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            raise Refused(Cause.MALFORMED_TEXT, f"{key}.txt: {error}") from None
+        return Sample(self._task or "generate", read(images[0]), caption=caption, instruction=caption)
+
+    def place(self, index: int) -> str:
+        """The tar and the sample's name in it."""
+        number, key, _ = self._samples[index]
+        return f"{self._tars[number].name}, {key}"
+
+    def fingerprint(self) -> dict[str, int]:
+        """What tells that the tars are no longer those a run had read."""
+        return {"rows": len(self), "tars": len(self._tars)}
+
+
+def _samples_of(tar: epath.Path) -> Iterator[tuple[str, _Members]]:
+    """(name, files) of each sample; files of one sample that don't stand together make several, as in WebDataset."""
+    last, members = None, {}
+    try:
+        with tar.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                if not member.isfile():
+                    continue
+                folder, slash, name = member.name.rpartition("/")
+                stem, _, suffix = name.partition(".")
+                key = folder + slash + stem
+                if key != last and members:
+                    yield last, members
+                    members = {}
+                last = key
+                members[suffix] = (member.offset_data, member.size)
+    except FileNotFoundError:
+        raise CorpusError(f"{tar}: expected a tar, found no such file") from None
+    except tarfile.TarError as error:
+        raise CorpusError(f"{tar}: expected a tar that is whole and not compressed ({error})") from error
+    if members:
+        yield last, members
