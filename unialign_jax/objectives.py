@@ -113,9 +113,7 @@ class Objective:
                 semantic_depth=depth,
                 want_text=False,
             )
-            terms["image"] = flow_matching.loss(
-                image_pass.image, noisy, features.target, sigma, space=self.image_loss
-            )
+            terms["image"] = flow_matching.loss(image_pass.image, noisy, features.target, sigma, space=self.image_loss)
             weights["image"] = self.image_weight * self.image_pass
             if depth is not None:
                 terms["image_align"] = alignment_loss(image_pass.image_semantic, features.teacher_image)

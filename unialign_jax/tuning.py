@@ -1,7 +1,7 @@
 """Which parameters a run trains: whole networks, parts of them by name, or low-rank adapters beside them (LoRA).
 
-Everything here is a function of parameter trees: what is trained and what is frozen are two trees that `merge` makes one
-again, inside the loss and wherever a whole model is wanted. Networks know nothing of it.
+Everything here is a function of parameter trees: what is trained and what is frozen are two trees that `merge` makes
+one again, inside the loss and wherever a whole model is wanted. Networks know nothing of it.
 """
 
 import dataclasses
@@ -10,10 +10,10 @@ import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
-import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 Params = Any
 ADAPTERS = ("lora_a", "lora_b")
@@ -24,24 +24,24 @@ class LoraConfig:
     """Low-rank adaptation (arXiv 2106.09685): a kernel `[..., in, out]` is used as `kernel + alpha / rank * a @ b`.
 
     Attributes:
-      rank: of the update: `a` is `[..., in, rank]`, `b` is `[..., rank, out]`. Kernels that are stacked over blocks have
-        one pair for each block.
+      rank: of the update: `a` is `[..., in, rank]`, `b` is `[..., rank, out]`. Kernels that are stacked over blocks
+        have one pair for each block. 0: no adapters.
       targets: patterns as in `Tuning`; the linear kernels that they match get adapters.
       alpha: see above; None: the rank, so that the factor is 1.
     """
 
-    rank: int
+    rank: int = 0
     targets: tuple[str, ...] = ("transformer/blocks/*/query", "transformer/blocks/*/key", "transformer/blocks/*/value")
     alpha: float | None = None
 
     def __post_init__(self):
-        if self.rank < 1 or not self.targets:
-            raise ValueError(f"rank is {self.rank} and targets {self.targets}; expected 1 or more of each")
+        if self.rank < 0 or not self.targets:
+            raise ValueError(f"rank is {self.rank}, expected 0 or more; targets {self.targets}, expected 1 or more")
 
     @property
     def scale(self) -> float:
         """Factor of `a @ b`."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
+        return 1.0 if self.alpha is None or not self.rank else self.alpha / self.rank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,45 +54,47 @@ class Tuning:
     Attributes:
       trained: patterns of what is trained.
       frozen: patterns of what is not, although `trained` matches it.
-      lora: train adapters, and only these; `trained` and `frozen` then have no effect.
+      lora: with a rank, adapters are trained, and only these: `trained` and `frozen` then have no effect.
     """
 
     trained: tuple[str, ...]
     frozen: tuple[str, ...] = ()
-    lora: LoraConfig | None = None
+    lora: LoraConfig = LoraConfig()
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self:
         """From a saved run config, where sections are mappings and tuples may be lists."""
-        lora = config.get("lora")
-        if lora:
-            lora = LoraConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in lora.items()})
-        return cls(tuple(config["trained"]), tuple(config.get("frozen", ())), lora or None)
+        lora = {name: tuple(value) if isinstance(value, list) else value for name, value in config["lora"].items()}
+        return cls(tuple(config["trained"]), tuple(config["frozen"]), LoraConfig(**lora))
 
-    def split(self, params: Params, key: jax.Array) -> tuple[Params, Params]:
-        """`(trained, frozen)`: nested dicts that hold every leaf once, and with LoRA new adapters as what is trained.
+    def trained_of(self, params: Params, key: jax.Array | None = None) -> Params:
+        """What is trained of a model, as nested dicts: some of its leaves, or with LoRA new adapters for some of them.
 
         Args:
-          params: parameters of some or all networks by name; arrays, or boxes with logical axis names, which adapters
-            inherit from their kernels.
-          key: of the adapters' first values. The update is zero at first.
+          params: parameters of some or all networks by name: arrays, or `jax.ShapeDtypeStruct`s with shardings.
+            Adapters of the latter are such again, split as their kernels are, and whole along the rank.
+          key: of the first values of adapters that are arrays. The update is zero at first.
         """
-        trained, frozen = {}, {}
-        for path, leaf in flax.traverse_util.flatten_dict(dict(params), keep_empty_nodes=True).items():
+        trained = {}
+        for path, leaf in _flat(params):
             name = "/".join(path)
-            if leaf is flax.traverse_util.empty_node or not self._is_changed(name):
-                frozen[path] = leaf
-            elif self.lora is None:
+            if not self._is_changed(name):
+                continue
+            if not self.lora.rank:
                 trained[path] = leaf
             else:
-                frozen[path] = leaf
-                pair = _new_adapter(leaf, self.lora.rank, jax.random.fold_in(key, zlib.crc32(name.encode())))
+                pair = _adapters(leaf, self.lora.rank, key if key is None else _fold(key, name))
                 trained |= {(*path, part): value for part, value in zip(ADAPTERS, pair, strict=True)}
-        return flax.traverse_util.unflatten_dict(trained), flax.traverse_util.unflatten_dict(frozen)
+        return flax.traverse_util.unflatten_dict(trained)
+
+    def frozen_of(self, params: Params) -> Params:
+        """The leaves of a model that stay as they are, with LoRA all of them, as nested dicts."""
+        kept = {path: leaf for path, leaf in _flat(params) if self.lora.rank or not self._is_changed("/".join(path))}
+        return flax.traverse_util.unflatten_dict(kept)
 
     def merge(self, frozen: Params, trained: Params) -> Params:
-        """The whole model of both parts, adapters added to their kernels; inverse of `split`, and differentiable."""
-        return merge(frozen, trained, lora_scale=self.lora.scale if self.lora else 1.0)
+        """The whole model of both parts, adapters added to their kernels; differentiable."""
+        return merge(frozen, trained, lora_scale=self.lora.scale)
 
     def check(self, params: Params) -> None:
         """Refuses patterns that match nothing of a model's parameters (all networks), and a split that trains nothing.
@@ -101,20 +103,23 @@ class Tuning:
           ValueError: naming the pattern, and names that would match.
         """
         flat = flax.traverse_util.flatten_dict(dict(params), sep="/")
-        for key in ("trained", "frozen") if self.lora is None else ("lora.targets",):
-            for pattern in self.lora.targets if self.lora else getattr(self, key):
-                if not (found := [name for name in flat if _matches(name, (pattern,))]):
-                    raise ValueError(
-                        f"{key}: {pattern!r} matches no parameter of the model; it has {', '.join(params)}, and names "
-                        f"such as {', '.join(list(flat)[:: max(len(flat) // 4, 1)][:4])}"
-                    )
-                if self.lora and not any(map(self._is_changed, found)):
-                    raise ValueError(f"{key}: {pattern!r} matches no linear kernel, only {', '.join(found[:4])}")
+        wanted = {"trained": self.trained, "frozen": self.frozen}
+        if self.lora.rank:
+            wanted = {"lora.targets": self.lora.targets}
+        for key, pattern in ((key, pattern) for key, patterns in wanted.items() for pattern in patterns):
+            found = [name for name in flat if _matches(name, (pattern,))]
+            if not found:
+                raise ValueError(
+                    f"{key}: {pattern!r} matches no parameter of the model, which has {', '.join(params)} with names "
+                    f"such as {', '.join(list(flat)[:: max(len(flat) // 4, 1)][:4])}"
+                )
+            if self.lora.rank and not any(map(self._is_changed, found)):
+                raise ValueError(f"{key}: {pattern!r} matches no linear kernel, only {', '.join(found[:4])}")
         if not any(map(self._is_changed, flat)):
             raise ValueError(f"trained {self.trained} without frozen {self.frozen} leaves nothing to train")
 
     def _is_changed(self, name: str) -> bool:
-        if self.lora:
+        if self.lora.rank:
             return name.endswith("/kernel") and _matches(name, self.lora.targets)
         return _matches(name, self.trained) and not _matches(name, self.frozen)
 
@@ -132,16 +137,25 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"{p}/*") for p in patterns)
 
 
-def _new_adapter(kernel: Any, rank: int, key: jax.Array) -> tuple[Any, Any]:
-    """`(a, b)` of a kernel `[..., in, out]`: a of variance 1 / in, b zeros. Their outer axes are split as the kernel's."""
-    boxed = isinstance(kernel, nn.LogicallyPartitioned)
-    *stacked, inputs, outputs = (kernel.value if boxed else kernel).shape
-    a = jax.random.normal(key, (*stacked, inputs, rank)) * inputs**-0.5
-    b = jnp.zeros((*stacked, rank, outputs))
-    if not boxed:
-        return a, b
-    *names, of_inputs, of_outputs = kernel.names
-    return (
-        nn.LogicallyPartitioned(a, (*names, of_inputs, None)),
-        nn.LogicallyPartitioned(b, (*names, None, of_outputs)),
-    )
+def _flat(params: Params) -> Iterable[tuple[tuple[str, ...], Any]]:
+    """Path and leaf; a network without parameters (the pixel codec) counts as a leaf."""
+    return flax.traverse_util.flatten_dict(dict(params), keep_empty_nodes=True).items()
+
+
+def _fold(key: jax.Array, name: str) -> jax.Array:
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def _adapters(kernel: Any, rank: int, key: jax.Array | None) -> tuple[Any, Any]:
+    """`(a, b)` of a kernel `[..., in, out]`: a of variance 1 / in, b zeros."""
+    *stacked, inputs, outputs = kernel.shape
+    shapes = ((*stacked, inputs, rank), (*stacked, rank, outputs))
+    if not isinstance(kernel, jax.ShapeDtypeStruct):
+        return jax.random.normal(key, shapes[0]) * inputs**-0.5, jnp.zeros(shapes[1])
+    shardings = (kernel.sharding,) * 2
+    if isinstance(kernel.sharding, NamedSharding):
+        mesh, spec = kernel.sharding.mesh, kernel.sharding.spec
+        *outer, of_inputs, of_outputs = (*spec, *(None,) * (len(kernel.shape) - len(spec)))
+        specs = (PartitionSpec(*outer, of_inputs, None), PartitionSpec(*outer, None, of_outputs))
+        shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
+    return tuple(jax.ShapeDtypeStruct(x, kernel.dtype, sharding=y) for x, y in zip(shapes, shardings, strict=True))

@@ -49,9 +49,7 @@ def clean_estimate(noisy: jax.Array, velocity: jax.Array, sigma: jax.Array) -> j
     return noisy - _per_sample(sigma, noisy) * velocity
 
 
-def loss(
-    velocity: jax.Array, noisy: jax.Array, clean: jax.Array, sigma: jax.Array, *, space: str = "x0"
-) -> jax.Array:
+def loss(velocity: jax.Array, noisy: jax.Array, clean: jax.Array, sigma: jax.Array, *, space: str = "x0") -> jax.Array:
     """Mean squared error of the estimate, a float32 scalar.
 
     Args:

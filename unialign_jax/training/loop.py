@@ -20,7 +20,7 @@ from unialign_jax.batch import Batch
 from unialign_jax.checkpoints import Checkpoints
 from unialign_jax.data.pipeline import make_batches
 from unialign_jax.data.samples import Refused
-from unialign_jax.data.sources import open_source
+from unialign_jax.data.sources import SourceConfig, open_source
 from unialign_jax.data.tokenizer import PlainTokenizer, Tokenizer
 from unialign_jax.networks import Networks, Params, build_networks
 from unialign_jax.state import TrainState, create_state
@@ -31,12 +31,15 @@ from unialign_jax.training.samples import sample_grid
 from unialign_jax.training.step import make_train_step
 
 
-def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainState:
+def train(
+    config: ml_collections.ConfigDict, workdir: epath.PathLike, *, start: epath.PathLike | None = None
+) -> TrainState:
     """Trains one stage to its last step, resuming where `workdir` holds checkpoints of it.
 
     Args:
       config: see `run_config.RunConfig`; `configs/` has examples.
       workdir: the stage's files go to a sub-directory named after it.
+      start: what to start from where the config's `init` does not say.
 
     Returns:
       The state after the last step.
@@ -61,9 +64,10 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
         resume_step = latest if run.resume_step is None else run.resume_step
         # Exactly where it started, however far that run has gone on: what is not trained comes from there each time.
         if resume_step is None:
-            init = None if run.init is None else str(pretrained.locate(run.init))
+            start = start if run.init is None else run.init
+            init = None if start is None else str(pretrained.locate(start))
         else:
-            init = checkpoints.meta(resume_step)["init"]
+            init = pretrained.start_of(checkpoints.meta(resume_step), directory)
 
         # Text becomes ids. The tokenizer is part of the run: samplers of its checkpoints read it from the directory.
         tokenizer = _make_tokenizer(run, init, directory / "tokenizer", resuming=resume_step is not None)
@@ -87,17 +91,21 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
         saved_as = saved_config.as_json(config)
 
         def fresh_state(params: Params) -> TrainState:
-            return create_state({name: params[name] for name in run.trained}, run.optimizer)
+            return create_state(run.tuning.trained_of(params, init_key), run.optimizer)
 
         abstract_params = jax.eval_shape(networks.init, init_key)
         start_from = functools.partial(
             pretrained.initial_params, networks, init_key, source=init, average=run.init_average
         )
-        frozen = start_from({name: tree for name, tree in abstract_params.items() if name not in run.trained})
+        run.tuning.check(abstract_params)
+        needed = abstract_params
+        if resume_step is not None:
+            needed = {name: abstract_params[name] for name in run.tuning.frozen_of(abstract_params)}
+        params = start_from(needed)
+        frozen = run.tuning.frozen_of(params)
         if resume_step is None:
-            params = start_from({name: abstract_params[name] for name in run.trained})
             # Committed to its device, as restored arrays are: a resumed run then finds the same program in XLA's cache.
-            state = jax.device_put(jax.jit(fresh_state, donate_argnums=0)(params), device)
+            state = jax.device_put(jax.jit(fresh_state)(params), device)
         else:
             state, data_state, _ = checkpoints.restore(
                 jax.eval_shape(fresh_state, abstract_params),
@@ -107,11 +115,12 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
             batches.set_state(data_state)
             if newer := checkpoints.set_aside_after(resume_step):
                 logging.warning("steps %s were moved to %s-set-aside", newer, checkpoints.directory)
+        del params
         start = int(state.step)
         meta = {
             "stage": run.stage,
             "config": saved_as,
-            "init": init,
+            "init": pretrained.record_of(init, directory),
             "data": batches.get_state()["fingerprints"],
             "versions": saved_config.library_versions(),
         }
@@ -128,25 +137,34 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
             say(f"{'started' if start else 'starts'} from {init}")
 
         # The loop. The host never waits for the step it has just queued, only for one some steps before.
-        train_step = jax.jit(
-            make_train_step(networks, objective, run.optimizer, micro_batches=run.micro_batches), donate_argnums=0
-        )
+        def step_for(source: SourceConfig) -> Any:
+            passes = {"image_pass": source.image_pass, "text_pass": source.text_pass}
+            step = make_train_step(
+                networks,
+                dataclasses.replace(objective, **passes),
+                run.optimizer,
+                merge=run.tuning.merge,
+                micro_batches=run.micro_batches,
+            )
+            return jax.jit(step, donate_argnums=0)
+
         compiled: dict[Any, Any] = {}
         window, watch = DelayedMetrics(), Stopwatch()
         for step in range(start + 1, run.steps + 1):
-            source = run.source_names[batches.next_source]
+            source, settings = run.source_names[batches.next_source], run.data.sources[batches.next_source]
             with watch.waiting():
                 arrays = next(batches)
             batch = jax.device_put(Batch(null_ids=null_ids, **arrays), device)
-            bucket = tuple((name, array.shape) for name, array in sorted(arrays.items()))
+            shapes = tuple((name, array.shape) for name, array in sorted(arrays.items()))
+            bucket = (shapes, settings.image_pass, settings.text_pass)
             if bucket not in compiled:
                 with watch.paused():
                     begin = time.perf_counter()
-                    compiled[bucket] = train_step.lower(state, frozen, batch, step_key).compile()
+                    compiled[bucket] = step_for(settings).lower(state, frozen, batch, step_key).compile()
                     say(f"compiled the step for {source!r} in {time.perf_counter() - begin:.1f} s")
             with jax.transfer_guard("disallow"):
                 state, metrics = compiled[bucket](state, frozen, batch, step_key)
-            window.push(step, source, metrics, run.data.global_batch, _step_flops(run, networks, batch))
+            window.push(step, source, metrics, run.data.global_batch, _step_flops(run, networks, settings, batch))
 
             last = step == run.steps
             if last or step % run.log.every == 0:
@@ -164,7 +182,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
             if held_batch is not None and (last or step % run.log.samples_every == 0):
                 window.drain()
                 with watch.paused():
-                    params = {**frozen, **(state.params if state.ema is None else state.ema)}
+                    params = run.tuning.merge(frozen, state.params if state.ema is None else state.ema)
                     images, text = sample_grid(networks, params, tokenizer, held_batch, run.log)
                     writer.write_images(step, {"samples": images})
                     writer.write_texts(step, {"captions": text})
@@ -231,7 +249,7 @@ def _accept(meta: dict[str, Any], current: dict[str, Any], run: RunConfig) -> No
         logging.warning("config key %s was %r and is now %r, as allowed", key, old, new)
 
 
-def _step_flops(run: RunConfig, networks: Networks, batch: Batch) -> int:
+def _step_flops(run: RunConfig, networks: Networks, source: SourceConfig, batch: Batch) -> int:
     config = networks.transformer.config
     height, width, _ = networks.latent_shape(*batch.target.shape[1:3])
     return flops.train_step_flops(
@@ -241,4 +259,6 @@ def _step_flops(run: RunConfig, networks: Networks, batch: Batch) -> int:
         text_tokens=run.data.text_length,
         references=0 if batch.references is None else batch.references.shape[1],
         aligned=networks.teacher is not None,
+        image_pass=source.image_pass > 0,
+        text_pass=source.text_pass > 0,
     )

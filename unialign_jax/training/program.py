@@ -17,6 +17,7 @@ from unialign_jax import parallel
 from unialign_jax.batch import Batch
 from unialign_jax.data.pipeline import SourceConfig
 from unialign_jax.networks import build_networks
+from unialign_jax.objectives import Objective
 from unialign_jax.state import TrainState, create_state, make_optimizer
 from unialign_jax.training import flops
 from unialign_jax.training.run_config import RunConfig
@@ -37,8 +38,8 @@ class Program:
     Attributes:
       run, mesh: as given.
       networks: built from `run.model`.
-      state, frozen, key: the step's arguments as trees of `jax.ShapeDtypeStruct` with shardings. `frozen` holds the
-        parameters of the networks that are not trained, float32.
+      params: their parameters by name, float32, as trees of `jax.ShapeDtypeStruct` with shardings.
+      state, frozen, key: the step's arguments, as such trees. `frozen` holds the parameters that are not trained.
 
     Raises:
       ValueError: networks that can't be built, or a batch, heads or parameters that the mesh does not divide. Nothing
@@ -51,21 +52,15 @@ class Program:
         parallel.check_batch(mesh, run.data.global_batch, run.micro_batches)
         parallel.check_heads(mesh, self.networks.transformer.config.num_attention_heads)
         boxed = self.networks.abstract()
-        if absent := [name for name in run.trained if name not in boxed]:
-            raise ValueError(f"trained names {', '.join(absent)}, but the model has only {', '.join(boxed)}")
-        params = jax.tree.map(_placed, nn.unbox(boxed), parallel.param_shardings(boxed, mesh))
-        self.state = self._abstract_state({name: params[name] for name in run.trained})
-        self.frozen = {name: tree for name, tree in params.items() if name not in run.trained}
+        self.params = jax.tree.map(_placed, nn.unbox(boxed), parallel.param_shardings(boxed, mesh))
+        run.tuning.check(self.params)
+        self.state = self._abstract_state(run.tuning.trained_of(self.params))
+        self.frozen = run.tuning.frozen_of(self.params)
         self.key = self._whole(jax.eval_shape(jax.random.key, 0))
-        objective = dataclasses.replace(
-            run.objective,
-            mask_token_id=self.networks.transformer.config.mask_token_id,
-            end_token_id=end_token_id,
-        )
-        self._step = make_train_step(self.networks, objective, run.optimizer, micro_batches=run.micro_batches)
+        self._end_token_id = end_token_id
 
     def batch(self, source: SourceConfig) -> Batch:
-        """The global batch of a source, abstract. Sources whose batches are equal share one compiled step."""
+        """The global batch of a source, abstract. Sources with equal batches and passes share one compiled step."""
         data = self.run.data
         shapes = {
             "target": ((data.height, data.width, 3), jnp.uint8),
@@ -93,7 +88,14 @@ class Program:
         arguments = (self.state, self.frozen, self.batch(source), self.key)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, arguments)
         outputs = (shardings[0], parallel.replicated(self.mesh))
-        step = jax.jit(self._step, in_shardings=shardings, out_shardings=outputs, donate_argnums=0)
+        step = make_train_step(
+            self.networks,
+            self._objective(source),
+            self.run.optimizer,
+            merge=self.run.tuning.merge,
+            micro_batches=self.run.micro_batches,
+        )
+        step = jax.jit(step, in_shardings=shardings, out_shardings=outputs, donate_argnums=0)
         with jax.set_mesh(self.mesh):
             return step.lower(*arguments)
 
@@ -108,6 +110,17 @@ class Program:
             text_tokens=self.run.data.text_length,
             references=source.references,
             aligned=self.networks.teacher is not None,
+            image_pass=source.image_pass > 0,
+            text_pass=source.text_pass > 0,
+        )
+
+    def _objective(self, source: SourceConfig) -> Objective:
+        return dataclasses.replace(
+            self.run.objective,
+            mask_token_id=self.networks.transformer.config.mask_token_id,
+            end_token_id=self._end_token_id,
+            image_pass=source.image_pass,
+            text_pass=source.text_pass,
         )
 
     def _abstract_state(self, params: Any) -> TrainState:

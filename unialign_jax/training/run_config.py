@@ -9,10 +9,10 @@ from typing import Any
 from unialign_jax.data.pipeline import DataConfig, SourceConfig
 from unialign_jax.objectives import Objective
 from unialign_jax.state import OptimizerConfig
+from unialign_jax.tuning import LoraConfig, Tuning
 
-NETWORKS = ("transformer", "text_encoder", "autoencoder", "teacher")
-# Not configured: the first two follow from the tokenizer.
-_OBJECTIVE_FROM_TOKENIZER = ("mask_token_id", "end_token_id")
+# Not configured: the tokenizer has the first two, every source its own of the others.
+_OBJECTIVE_FROM_ELSEWHERE = ("mask_token_id", "end_token_id", "image_pass", "text_pass")
 
 
 class ConfigError(ValueError):
@@ -95,7 +95,8 @@ class RunConfig:
       objective, optimizer: see their classes; the mask and end tokens follow from the tokenizer.
       tokenizer: of the text encoder.
       teacher_tokenizer: directory of the teacher's; None: the teacher reads the text encoder's ids.
-      trained: which networks are trained, of `NETWORKS`; the rest is frozen.
+      after: name of the stage that this one goes on from, see `stages`; None: it starts from `init` alone.
+      trained, frozen, lora: which parameters are trained, see `tuning.Tuning`.
       init: what to start from: a run's stage directory (its newest step), a step in one, or a converted directory;
         None: random.
       init_average: of a run, start from the moving average of its parameters where one was kept.
@@ -119,7 +120,10 @@ class RunConfig:
     optimizer: OptimizerConfig
     tokenizer: TokenizerConfig
     teacher_tokenizer: str | None = None
+    after: str | None = None
     trained: tuple[str, ...] = ("transformer",)
+    frozen: tuple[str, ...] = ()
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     init: str | None = None
     init_average: bool = True
     micro_batches: int = 1
@@ -135,28 +139,40 @@ class RunConfig:
     def __post_init__(self):
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}, expected 1 or more")
-        if not self.trained or set(self.trained) - set(NETWORKS):
-            raise ValueError(f"trained is {self.trained}, expected one or more of {', '.join(NETWORKS)}")
+        if not self.trained:
+            raise ValueError("trained is empty, expected networks or patterns of parameters")
+
+    @property
+    def tuning(self) -> Tuning:
+        """The split of the parameters in trained and frozen ones."""
+        return Tuning(self.trained, self.frozen, self.lora)
 
 
-def read(config: Any) -> RunConfig:
+def read(config: Any, name: str = "") -> RunConfig:
     """Checks a `ConfigDict`, as a config file returns it, against the dataclasses.
+
+    Args:
+      config: of one stage.
+      name: of the section that it is in a config of several, for messages.
 
     Raises:
       ConfigError: an unknown key, a missing one, a wrong type or a value out of its range; the message names the key.
     """
+    prefix = f"{name}." if name else ""
     fields = config.to_dict()
-    fixed = [f"objective.{key}" for key in _OBJECTIVE_FROM_TOKENIZER if key in fields.get("objective", {})]
+    fixed = [f"objective.{key}" for key in _OBJECTIVE_FROM_ELSEWHERE if key in fields.get("objective", {})]
     if fixed or "source_names" in fields:
-        raise ConfigError(f"{(fixed or ['source_names'])[0]}: not a key of the config, it follows from other keys")
+        raise ConfigError(
+            f"{prefix}{(fixed or ['source_names'])[0]}: not a key of the config, it follows from other keys"
+        )
     if isinstance(fields.get("data"), Mapping) and isinstance(fields["data"].get("sources"), Mapping):
         sources = fields["data"]["sources"]
-        named = {name: _build(SourceConfig, source, f"data.sources.{name}") for name, source in sources.items()}
+        named = {name: _build(SourceConfig, source, f"{prefix}data.sources.{name}") for name, source in sources.items()}
         fields["data"] = {**fields["data"], "sources": tuple(named.values())}
         fields["source_names"] = tuple(named)
     else:
-        raise ConfigError("data.sources: expected one section per source, by name")
-    return _build(RunConfig, fields, "")
+        raise ConfigError(f"{prefix}data.sources: expected one section per source, by name")
+    return _build(RunConfig, fields, name)
 
 
 def _build(kind: type, fields: Any, name: str) -> Any:

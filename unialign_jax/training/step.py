@@ -26,8 +26,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Params, Batch, jax.Array], tuple[TrainState, Metrics]]:
     """Builds `(state, frozen, batch, key) -> (state, metrics)`, a pure function to be jitted with `state` donated.
 
-    `frozen` holds the parameters that `state.params` does not; `merge(frozen, state.params)` is the whole model. `key` is the run's key; the step's own
-    is folded in from `state.step`, so step k draws the same numbers in any run, on any number of devices.
+    `frozen` holds the parameters that `state.params` does not; `merge(frozen, state.params)` is the whole model. `key`
+    is the run's key; the step's own is folded in from `state.step`, so step k draws the same numbers in any run, on any
+    number of devices.
 
     With `micro_batches` n > 1 the batch is worked off in n equal parts and their gradients averaged: exactly the full
     batch's gradient for every term but the contrastive one, whose negatives are then a part's own samples.
