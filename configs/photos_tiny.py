@@ -10,7 +10,7 @@ from ml_collections import config_dict
 STAGES = ("photos",)
 VOCABULARY = 2048
 TEXT_LENGTH = 64
-IMAGE = 64  # pixels
+IMAGE = 48  # pixels
 WIDTH, HEADS = 128, 4
 TEACHER_WIDTH = 64
 
@@ -37,16 +37,17 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
 
     config.model = {
         "transformer": {
-            "sample_size": IMAGE // 4,
+            "sample_size": IMAGE // 2,
             "patch_size": 2,
-            "in_channels": 48,
-            "out_channels": 48,
+            # 4 x 4 pixels are one token of 48 numbers: a velocity holds the noise, so a token must fit well into the width.
+            "in_channels": 12,
+            "out_channels": 12,
             "num_layers": 5,
             "attention_head_dim": WIDTH // HEADS,
             "num_attention_heads": HEADS,
             "caption_projection_dim": WIDTH,
             "joint_attention_dim": 128,
-            "pos_embed_max_size": 16,
+            "pos_embed_max_size": 24,
             "vocab_size": VOCABULARY,
             "mask_token_id": VOCABULARY - 1,
             "adapter_hidden": 128,
@@ -54,7 +55,7 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
             "qk_norm": config_dict.placeholder(str),
         },
         # Photographs in [-1, 1] have a standard deviation of about 0.5: twice that is what the noise has.
-        "pixel_codec": {"patch": 4, "scaling_factor": 2.0, "shift_factor": 0.0},
+        "pixel_codec": {"patch": 2, "scaling_factor": 2.0, "shift_factor": 0.0},
         "text_encoder": {
             "vocab_size": VOCABULARY,
             "d_model": 128,
@@ -102,6 +103,7 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
         "temperature": 0.07,
         "semantic_depth": 2,
         "text_dropout": 0.1,
+        "reference_dropout": 0.0,
         "pool_padding": True,
     }
     config.optimizer = {

@@ -31,6 +31,7 @@ def get_config(stage: str = "unify") -> ml_collections.ConfigDict:
     config.lora = {"rank": 0, "targets": ("transformer/blocks/*/query",), "alpha": config_dict.placeholder(float)}
     config.init = "converted"
     config.init_average = True
+    config.cached = ()
     config.micro_batches = 1
 
     config.model = {
@@ -119,6 +120,7 @@ def get_config(stage: str = "unify") -> ml_collections.ConfigDict:
         "temperature": 0.07,
         "semantic_depth": 8,
         "text_dropout": 0.1,
+        "reference_dropout": 0.0,
         "pool_padding": True,
     }
     config.optimizer = {

@@ -12,7 +12,7 @@ Images are written as PNG, texts to texts.txt and to standard output.
 
 from absl import flags
 
-from unialign_jax import cli
+from unialign_jax import cli, compilation_cache
 
 TASKS = ("generate", "edit", "perceive", "compose", "caption", "answer")
 
@@ -29,12 +29,14 @@ _STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; default as publish
 _GUIDANCE = flags.DEFINE_float("guidance", None, "Classifier-free guidance; default as published: 7, or 9 with images.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ("bfloat16", "float32"), "Compute dtype.")
 _BATCH = flags.DEFINE_integer("batch", 8, "Most items worked on at once.", lower_bound=1)
+_CACHE = flags.DEFINE_string("compilation_cache", None, compilation_cache.HELP)
 flags.mark_flags_as_required(["checkpoint", "task", "output"])
 
 
 def main() -> None:
     from unialign_jax import sampling  # late: a wrong flag is said without loading JAX
 
+    compilation_cache.enable(_CACHE.value)
     sampling.sample_to_directory(
         _CHECKPOINT.value,
         _TASK.value,

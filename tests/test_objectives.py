@@ -42,6 +42,7 @@ def unpack(recorded):
         noise=recorded["noise"],
         image_time=recorded["u"],
         text_drop=recorded["dropout_uniform"],
+        reference_drop=np.zeros_like(recorded["dropout_uniform"]),  # every sample, were there a drop-out rate
         text_time=masked_text.antithetic_times(recorded["text_eps_uniform"]),
         text_mask=recorded["text_mask_uniform"],
         posterior=np.zeros(()),
@@ -58,7 +59,8 @@ def value_and_grad(transformer, text_encoder):
     @functools.partial(jax.jit, static_argnums=0)
     def compute(objective, params, features, draws, null_text):
         def encode(ids):
-            return null_text if len(ids) == 1 else encoder.apply({"params": text_params}, ids)
+            is_null = jnp.all(ids == features.null_ids, axis=1)[:, None, None]
+            return jnp.where(is_null, null_text, encoder.apply({"params": text_params}, ids))
 
         def loss(params):
             return objective(functools.partial(model.apply, {"params": params}), encode, features, draws)
@@ -125,6 +127,34 @@ def test_prompt_positions_are_neither_masked_nor_learned(case, transformer, valu
     (a, _), _ = run(features, draws, recorded["null_text"])
     (b, _), _ = run(features, changed, recorded["null_text"])
     np.testing.assert_array_equal(a, b)
+
+
+def test_dropped_references_are_masked_apart_from_the_text(case):
+    """What the image pass is given; that a masked reference is as good as none is tested with the transformer."""
+
+    class Seen(Exception):
+        pass
+
+    def given(objective, features, draws):
+        def transformer(noisy, states, time, *, reference_mask, **kwargs):
+            raise Seen(reference_mask, states)
+
+        with pytest.raises(Seen) as seen:
+            objective(transformer, lambda ids: jnp.zeros((*ids.shape, 3)) + ids[..., None], features, draws)
+        return seen.value.args
+
+    features, draws = unpack(case("loss_edit"))
+    draws = draws.replace(reference_drop=np.array([0.2, 0.3, 0.9, 0.1]), text_drop=np.array([0.0, 0.5, 0.0, 0.5]))
+    dropping = dataclasses.replace(RECORDED, reference_dropout=0.3)
+    mask, states = given(dropping, features, draws)
+    assert mask.tolist() == [[False], [True], [True], [False]]
+    published_mask, published_states = given(RECORDED, features, draws)
+    assert published_mask is None  # all of them
+    np.testing.assert_array_equal(states, published_states)
+    assert (states[:, 0, 0] == 0).tolist() == [True, False, True, False]
+    masked = features.replace(reference_mask=np.array([[True], [False]] * 2))
+    assert given(dropping, masked, draws)[0].tolist() == [[False], [False], [True], [False]]
+    assert given(dropping, *unpack(case("loss_generate")))[0] is None
 
 
 def test_unpadded_pooling_ignores_what_padding_holds(case, transformer, text_encoder):

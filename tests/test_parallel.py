@@ -71,8 +71,10 @@ def test_too_much_replication_is_refused_by_name():
     def leaf(names, *shape):
         return nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, jnp.float32), names)
 
-    tree = {"split": leaf(("embed", "mlp"), 48, 1400), "whole": leaf(("embed", None), 3, 700)}
-    with pytest.raises(ValueError, match=r"3\.0% .* copied to every device .*: whole \(0\.0 MiB\)"):
+    tree = {"split": leaf(("embed", "mlp"), 48, 280_000), "whole": leaf(("embed", None), 3, 140_000)}
+    with pytest.raises(ValueError, match=r"3\.0% .* copied to every device .*: whole \(1\.6 MiB\)"):
         parallel.param_shardings(tree, abstract_mesh("fsdp", 8))
+    small = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0], leaf.shape[1] // 10), leaf.dtype), tree)
+    parallel.param_shardings(small, abstract_mesh("fsdp", 8))
     parallel.param_shardings(tree, abstract_mesh("data", 8))  # copies are what this asks for
     assert parallel.param_shardings(tree, abstract_mesh("fsdp=3", 3))["whole"].spec == PartitionSpec("fsdp", None)

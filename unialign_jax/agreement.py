@@ -11,9 +11,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from unialign_jax import distributed
+
 T = TypeVar("T")
 # Messages travel in blocks of this many bytes, so that few shapes of the exchange are compiled.
 _BLOCK = 1024
+# Seconds for the slowest process, which may be learning a tokenizer. One that died is noticed much sooner.
+_TIMEOUT = 3600
 
 
 class FailedElsewhere(ValueError):
@@ -62,9 +66,14 @@ def primary(call: Callable[[], Any], *errors: type[Exception]) -> Any:
 
 
 def gather(value: Any) -> list[Any]:
-    """Each process's JSON-serialisable value, by process, in all processes."""
+    """Each process's JSON-serialisable value, by process, in all processes.
+
+    Raises:
+      TimeoutError: processes have not come within an hour; the message names them.
+    """
     if jax.process_count() == 1:
         return [value]
+    distributed.barrier("agreement", _TIMEOUT)
     data = json.dumps(value).encode()
     lengths = multihost_utils.process_allgather(np.int32(len(data)))
     padded = np.zeros(-(-int(lengths.max()) // _BLOCK) * _BLOCK, np.uint8)

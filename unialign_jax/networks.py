@@ -95,6 +95,12 @@ class Networks:
         factor = self.codec.downsample
         return height // factor, width // factor, self.codec.latent_channels
 
+    def latent_shape_of(self, batch: Batch) -> tuple[int, int, int]:
+        """`(h, w, C)` of the latents of a batch, be it of pixels or of cached moments."""
+        if batch.moments is not None:
+            return *batch.moments.shape[2:4], self.codec.latent_channels
+        return self.latent_shape(*batch.target.shape[1:3])
+
     def denoise(self, params: Params, *args, **kwargs) -> Outputs:
         """`UniAlign.__call__` with the transformer's parameters bound."""
         return self.transformer.apply({"params": params["transformer"]}, *args, **kwargs)
@@ -115,20 +121,21 @@ class Networks:
         """What the frozen networks make of a batch: clean latents of all images in one call, teacher vectors.
 
         Args:
-          params: all networks' parameters.
-          batch: pixels and ids.
+          params: all networks' parameters; of those whose work the batch brings along, none are read.
+          batch: pixels and ids, or what a cache has made of them.
           posterior: `Draws.posterior`, or None for the posterior's mean.
         """
-        target = to_unit_range(batch.target)
-        images = target[:, None]
-        if batch.references is not None:
-            images = jnp.concatenate([images, to_unit_range(batch.references)], axis=1)
-        noise = None if posterior is None else posterior.reshape(-1, *posterior.shape[2:])
-        latents = self.encode_images(params, images.reshape(-1, *images.shape[2:]), noise)
-        latents = latents.reshape(*images.shape[:2], *latents.shape[1:])
-        teacher_image = teacher_text = None
-        if self.teacher is not None:
-            teacher_image = self.teacher.image_vectors(params["teacher"], target)
+        moments = batch.moments
+        if moments is None:
+            images = to_unit_range(batch.target)[:, None]
+            if batch.references is not None:
+                images = jnp.concatenate([images, to_unit_range(batch.references)], axis=1)
+            moments = self.codec.moments(params["autoencoder"], images.reshape(-1, *images.shape[2:]))
+            moments = moments.reshape(*images.shape[:2], *moments.shape[1:])
+        latents = self.codec.draw(moments, posterior)
+        teacher_image, teacher_text = batch.teacher_image, batch.teacher_text
+        if self.teacher is not None and teacher_image is None:
+            teacher_image = self.teacher.image_vectors(params["teacher"], to_unit_range(batch.target))
             teacher_text = self.teacher.text_vectors(params["teacher"], batch.teacher_ids, batch.teacher_mask)
         return Features(
             target=latents[:, 0],
@@ -136,7 +143,9 @@ class Networks:
             caption_loss_mask=batch.caption_loss_mask,
             instruction_ids=batch.instruction_ids,
             null_ids=batch.null_ids,
-            references=latents[:, 1:] if batch.references is not None else None,
+            instruction_states=batch.instruction_states,
+            null_states=batch.null_states,
+            references=latents[:, 1:] if batch.images > 1 else None,
             reference_mask=batch.reference_mask,
             teacher_image=teacher_image,
             teacher_text=teacher_text,

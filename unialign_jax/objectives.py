@@ -34,6 +34,7 @@ class Objective:
       time_shift: moves the image pass's noise levels toward noise, see `flow_matching.shift_levels`; published: 1.
       image_loss: what the image term compares, of `flow_matching.LOSS_SPACES`; published: "x0".
       text_dropout: probability that a sample's text condition becomes that of " ".
+      reference_dropout: probability that a sample loses its references; 0 is published.
       pool_padding: whether the pooled text features (of the adapter and of the contrastive loss) average padding in, as
         published, or only what comes before it.
       mask_token_id, end_token_id: ids of the mask and of the end token that pads the text.
@@ -53,6 +54,7 @@ class Objective:
     time_shift: float = 1.0
     image_loss: str = "x0"
     text_dropout: float = 0.1
+    reference_dropout: float = 0.0
     pool_padding: bool = True
     mask_token_id: int = 32099
     end_token_id: int = 1
@@ -90,16 +92,25 @@ class Objective:
         masked_ids = masked_text.mask_tokens(
             features.caption_ids, draws.text_time, draws.text_mask, features.caption_loss_mask, self.mask_token_id
         )
-        # One call of the text encoder for both texts, interleaved: a batch that is split over devices stays split.
-        texts = ([features.instruction_ids] if self.image_pass else []) + ([masked_ids] if self.text_pass else [])
-        rows = jnp.stack(texts, axis=1)
-        states = encode_text(rows.reshape(len(texts) * size, -1)).reshape(*rows.shape, -1)
+        dropped = (draws.text_drop < self.text_dropout)[:, None]
+        if features.instruction_states is not None:
+            texts = []
+            instruction = jnp.where(dropped[..., None], features.null_states, features.instruction_states)
+        else:
+            # A dropped condition is the text " ": the encoder reads each row by itself, so its ids can be replaced.
+            texts = [jnp.where(dropped, features.null_ids, features.instruction_ids)] if self.image_pass else []
+        texts += [masked_ids] if self.text_pass else []
+        if texts:
+            # One call of the encoder for both texts, interleaved: a batch that is split over devices stays split.
+            rows = jnp.stack(texts, axis=1)
+            states = encode_text(rows.reshape(len(texts) * size, -1)).reshape(*rows.shape, -1)
+            caption = states[:, -1]
+            if features.instruction_states is None:
+                instruction = states[:, 0]
         depth = self.semantic_depth if features.teacher_image is not None else None
         terms, weights = {}, {}
 
         if self.image_pass:
-            null = encode_text(features.null_ids[None])
-            instruction = jnp.where((draws.text_drop < self.text_dropout)[:, None, None], null, states[:, 0])
             sigma = flow_matching.noise_levels(draws.image_time)
             if self.time_shift != 1:
                 sigma = flow_matching.shift_levels(sigma, self.time_shift)
@@ -109,7 +120,7 @@ class Objective:
                 instruction,
                 sigma * flow_matching.NUM_TRAIN_TIMES,
                 references=features.references,
-                reference_mask=features.reference_mask,
+                reference_mask=self._kept_references(features, draws),
                 semantic_depth=depth,
                 want_text=False,
             )
@@ -121,7 +132,7 @@ class Objective:
 
         if self.text_pass:
             text_pass = transformer(
-                features.target, states[:, -1], jnp.zeros((size,)), semantic_depth=depth, want_image=False
+                features.target, caption, jnp.zeros((size,)), semantic_depth=depth, want_image=False
             )
             terms["text"] = masked_text.loss(
                 text_pass.text_logits,
@@ -143,6 +154,15 @@ class Objective:
             )
             weights["contrastive"] = self.contrastive_weight
         return sum(weights[name] * term for name, term in terms.items()), terms
+
+    def _kept_references(self, features: Features, draws: Draws) -> jax.Array | None:
+        """The reference mask, bool `[B, N]`, False throughout where a sample loses its references."""
+        mask = features.reference_mask
+        if features.references is None or not self.reference_dropout:
+            return mask
+        if mask is None:
+            mask = jnp.ones(features.references.shape[:2], bool)
+        return mask & (draws.reference_drop >= self.reference_dropout)[:, None]
 
 
 def _before_padding(ids: jax.Array, end_id: int) -> jax.Array:

@@ -66,11 +66,12 @@ def run(tmp_path):
     trained = {name: abstract[name] for name in ("transformer", "text_encoder")}
     random = np.random.default_rng(0)
     trained, average = (
-        jax.tree.map(lambda leaf: jnp.asarray(random.standard_normal(leaf.shape, np.float32)), trained)
+        jax.tree.map(lambda leaf: jnp.asarray(0.2 * random.standard_normal(leaf.shape, np.float32)), trained)
         for _ in range(2)
     )
     config = {
-        "model": model, "seed": 0, "init": None, "optimizer": {"ema_rate": 0.9},
+        "model": model, "trained": ("transformer", "text_encoder"), "seed": 0, "init": None,
+        "optimizer": {"ema_rate": 0.9},
         "data": {"text_length": 8, "height": 16, "width": 16},
     }  # fmt: skip
     with Checkpoints(tmp_path / "stage/checkpoints") as checkpoints:
@@ -85,6 +86,16 @@ def test_a_training_run_becomes_a_pytorch_directory(convert, run, tmp_path):
     written = load_torch(tmp_path / "torch/transformer", "transformer")
     jax.tree.map(np.testing.assert_array_equal, written, average["transformer"])
     assert Tokenizer.load(tmp_path / "torch/tokenizer").vocab_size == 40
+
+
+def test_the_parameters_themselves_and_the_comparison_with_pytorch(convert, run, tmp_path):
+    directory, average = run
+    done = convert(to="torch", source=directory, target=tmp_path / "torch", average=False, check=True, steps=2)
+    assert done.returncode == 0, done.stderr
+    written = load_torch(tmp_path / "torch/transformer", "transformer")
+    assert not np.array_equal(written["text_head"]["bias"], average["transformer"]["text_head"]["bias"])
+    for task in ("generate: latents differ by", "edit: latents", "compose: latents", "caption: 0 tokens differ: same"):
+        assert task in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from unialign_jax import pretrained
 from unialign_jax.checkpoints import Checkpoints
 from unialign_jax.data import scenes
 from unialign_jax.networks import build_networks
-from unialign_jax.training import loop
+from unialign_jax.training import loop, program
 from unialign_jax.training.metrics import NonFiniteLoss
 from unialign_jax.training.saved_config import ConfigChanged
 
@@ -168,7 +168,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one(finished, corpus, tmp_path):
     assert_identical(resumed, state)
     checkpoints = tmp_path / "run" / "photos" / "checkpoints"
     assert sorted(p.name for p in checkpoints.iterdir() if p.name.isdigit()) == ["2", "4", "6"]
-    assert sorted(p.name for p in (tmp_path / "run" / "photos" / "checkpoints-set-aside").iterdir()) == ["4", "6"]
+    assert sorted(p.name for p in (tmp_path / "run" / "photos" / "checkpoints-set-aside").iterdir()) == [
+        "4",
+        "6",
+        "README",
+    ]
     with (
         Checkpoints(checkpoints, read_only=True) as again,
         Checkpoints(workdir / "photos" / "checkpoints", read_only=True) as first,
@@ -261,7 +265,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(corpus, tmp_p
 
         return step
 
-    monkeypatch.setattr(loop, "make_train_step", make_failing_step)
+    monkeypatch.setattr(program, "make_train_step", make_failing_step)
     with pytest.raises(NonFiniteLoss, match=r"step 5 \((draw|recolour)\): loss=nan"):
         loop.train(make_config(corpus), tmp_path)
     with Checkpoints(tmp_path / "photos" / "checkpoints", read_only=True) as checkpoints:

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from unialign_jax import parallel
-from unialign_jax.data.pipeline import SourceConfig
+from unialign_jax.data.sources import SourceConfig
 from unialign_jax.state import create_state
 from unialign_jax.training.program import Program
 from unialign_jax.training.run_config import read

@@ -106,7 +106,7 @@ def make_batches(
     tokenizer: Tokenizer,
     teacher_tokenizer: PlainTokenizer | None = None,
     *,
-    slots: range | None = None,
+    slots: Sequence[int] | None = None,
 ) -> "Batches":
     """The endless iterator of this host's part of the batches.
 
@@ -117,15 +117,16 @@ def make_batches(
       config: what to make.
       tokenizer: of the text encoder; texts longer than `text_length` are cut.
       teacher_tokenizer: of the semantic teacher; None leaves the teacher's arrays out.
-      slots: which rows of every global batch this host makes, in order; None: all. Hosts that hold parts of the same
-        samples (model axes that span hosts) have equal slots.
+      slots: which rows of every global batch this host makes, ascending; None: all. Hosts that hold parts of the same
+        samples (model axes that span hosts) have equal slots. They need not be neighbours: a host's chips are not, in
+        a mesh that follows the wires between chips.
 
     Raises:
       CorpusError: a source is missing or empty, or has fewer rows than one batch.
       ValueError: slots that the global batch does not have.
     """
     everything = range(config.global_batch)
-    slots = everything if slots is None else slots
+    slots = tuple(everything if slots is None else slots)
     if not slots or slots[0] not in everything or slots[-1] not in everything:
         raise ValueError(f"slots is {slots}, expected a part of the global batch, {everything}")
     sources = tuple(open_source(source) for source in config.sources)
@@ -171,7 +172,7 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
         values = [state.get(key) for state in states]
         if any(value != values[0] for value in values):
             raise ValueError(f"the hosts' data states differ in {key}: {values}; expected those of one step of one run")
-    by_slots = {range(*state["slots"]): state for state in states}
+    by_slots = {tuple(state["slots"]): state for state in states}
     slots = sorted(slot for part in by_slots for slot in part)
     if slots != list(range(first["global_batch"])):
         raise ValueError(
@@ -179,7 +180,7 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "give the state of every host"
         )
     reports = zip(*(state["reports"] for state in by_slots.values()), strict=True)
-    return first | {"slots": _bounds(range(len(slots))), "reports": [Report.merge(parts) for parts in reports]}
+    return first | {"slots": slots, "reports": [Report.merge(parts) for parts in reports]}
 
 
 class Batches(Iterator[dict[str, np.ndarray]]):
@@ -321,7 +322,7 @@ class _Plan:
     config: DataConfig
     sources: tuple[Source, ...]
     streams: tuple[_Stream, ...]
-    slots: range
+    slots: tuple[int, ...]
 
     def weights(self) -> list[float]:
         return [stream.weight for stream in self.streams]
@@ -342,7 +343,7 @@ class _Plan:
 
     def state(self, drawn: list[int], reports: Sequence[Report]) -> dict[str, Any]:
         progress = {"drawn": list(drawn), "reports": [report.state() for report in reports]}
-        return self.identity() | {"slots": _bounds(self.slots)} | progress
+        return self.identity() | {"slots": list(self.slots)} | progress
 
     def take_up(self, state: dict[str, Any]) -> dict[str, Any]:
         """This host's state, from that of the whole pipeline."""
@@ -365,7 +366,7 @@ class _Plan:
                     f"the data state was saved with {key} = {state.get(key)!r}, this pipeline has {here!r}: it "
                     "can't go on exactly. Use the same configuration and files, or start anew."
                 )
-        if list(state["slots"]) != _bounds(range(self.config.global_batch)):
+        if list(state["slots"]) != list(range(self.config.global_batch)):
             raise ValueError(
                 f"the data state is of the slots {state['slots']} alone; expected that of whole batches, which "
                 "merge_states makes of all hosts' states"
@@ -405,7 +406,7 @@ class _Read:
     sources: tuple[Source, ...]
     streams: tuple[_Stream, ...]
     schedule: Schedule
-    slots: range
+    slots: tuple[int, ...]
     global_batch: int
     attempts: int
 
@@ -440,10 +441,6 @@ def _prepared(stream: _Stream, source: Source, row: int) -> dict[str, np.ndarray
 def _attempts(refused_share: float) -> int:
     """How many rows to draw for one in place of a refused row: at this share, all are refused once in 10^12."""
     return math.ceil(math.log(1e-12) / math.log(max(refused_share, 0.01)))
-
-
-def _bounds(slots: range) -> list[int]:
-    return [slots.start, slots.stop, slots.step]
 
 
 def _assemble(plan: _Plan, state: dict[str, Any], out: queue.Queue, stop: threading.Event) -> None:

@@ -343,9 +343,15 @@ class AutoencoderCodec:
         image = jnp.zeros((1, self.downsample, self.downsample, self.config.in_channels))
         return self.module.init(key, image)["params"]
 
-    def encode(self, params: dict, images: jax.Array, noise: jax.Array | None = None) -> jax.Array:
-        mean, logvar = self.module.apply({"params": params}, images, method="encode")
+    def moments(self, params: dict, images: jax.Array) -> jax.Array:
+        return jnp.concatenate(self.module.apply({"params": params}, images, method="encode"), axis=-1)
+
+    def draw(self, moments: jax.Array, noise: jax.Array | None = None) -> jax.Array:
+        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return scale(sample_posterior(mean, logvar, noise), self.config)
+
+    def encode(self, params: dict, images: jax.Array, noise: jax.Array | None = None) -> jax.Array:
+        return self.draw(self.moments(params, images), noise)
 
     def decode(self, params: dict, latents: jax.Array) -> jax.Array:
         decode_fn = functools.partial(self.module.apply, {"params": params}, method="decode")

@@ -1,15 +1,40 @@
 """Building blocks shared by the networks: a linear layer with named axes, and the norms."""
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from unialign_jax.parallel import gathered, weight_gradient
+
 
 def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
     """Full precision when float32 was asked for: TPUs and GPUs would round float32 inputs of a matmul otherwise."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x: jax.Array, kernel: jax.Array, axes: tuple[str | None, str | None]) -> jax.Array:
+    """`x [..., in] @ kernel [in, out]` with the parallel plan's collectives, forward and backward.
+
+    Only the kernel's parts are kept for the backward pass, which gathers them again.
+    """
+    return jnp.dot(x, gathered(kernel, axes), precision=matmul_precision(x.dtype))
+
+
+def _matmul_forward(x, kernel, axes):
+    return _matmul(x, kernel, axes), (x, kernel)
+
+
+def _matmul_backward(axes, kept, gradient):
+    x, kernel = kept
+    back = jnp.dot(gradient, gathered(kernel, axes).T, precision=matmul_precision(x.dtype))
+    return back, weight_gradient(x, gradient, axes)
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Dense(nn.Module):
@@ -37,7 +62,7 @@ class Dense(nn.Module):
             (x.shape[-1], self.features),
             jnp.float32,
         )
-        y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype), precision=matmul_precision(self.dtype))
+        y = _matmul(x.astype(self.dtype), kernel.astype(self.dtype), self.axes)
         if self.use_bias:
             bias = self.param(
                 "bias",

@@ -34,11 +34,19 @@ class Codec(Protocol):
         """A fresh parameter tree, leaves boxed with their logical axis names (`nn.unbox` takes them off)."""
         ...
 
-    def encode(self, params: Any, images: jax.Array, noise: jax.Array | None = None) -> jax.Array:
-        """Images -> scaled latents: a draw with the standard normal `noise` of their shape, the mean without.
+    def moments(self, params: Any, images: jax.Array) -> jax.Array:
+        """Images -> float32 `[B, h, w, M]`, all that `draw` needs to know of them: what a cache of latents holds.
 
         Raises ValueError for an image size that is not a multiple of `downsample`.
         """
+        ...
+
+    def draw(self, moments: jax.Array, noise: jax.Array | None = None) -> jax.Array:
+        """Moments `[..., h, w, M]` -> scaled latents: a draw with the standard normal `noise`, the mean without."""
+        ...
+
+    def encode(self, params: Any, images: jax.Array, noise: jax.Array | None = None) -> jax.Array:
+        """Images -> scaled latents: `draw` of their `moments`."""
         ...
 
     def decode(self, params: Any, latents: jax.Array) -> jax.Array:
@@ -90,19 +98,27 @@ class PixelCodec:
         del key
         return {}
 
-    def encode(self, params: dict, images: jax.Array, noise: jax.Array | None = None) -> jax.Array:
-        """Images float32 `[B, H, W, 3]` in [-1, 1] -> scaled latents float32 `[B, H/p, W/p, 3*p*p]`; noise is unused.
+    def moments(self, params: dict, images: jax.Array) -> jax.Array:
+        """Images float32 `[B, H, W, 3]` in [-1, 1] -> scaled latents float32 `[B, H/p, W/p, 3*p*p]`.
 
         Raises:
           ValueError: for an image size that is not a multiple of the patch.
         """
-        del params, noise
+        del params
         patch = self.config.patch
         batch, height, width, colours = images.shape
         check_image_size(height, width, patch)
         x = images.astype(jnp.float32).reshape(batch, height // patch, patch, width // patch, patch, colours)
         x = jnp.swapaxes(x, 2, 3).reshape(batch, height // patch, width // patch, self.latent_channels)
         return scale(x, self.config)
+
+    def draw(self, moments: jax.Array, noise: jax.Array | None = None) -> jax.Array:
+        """The moments, which are the latents; noise is unused."""
+        del noise
+        return moments.astype(jnp.float32)
+
+    def encode(self, params: dict, images: jax.Array, noise: jax.Array | None = None) -> jax.Array:
+        return self.draw(self.moments(params, images), noise)
 
     def decode(self, params: dict, latents: jax.Array) -> jax.Array:
         """Inverse of `encode`: scaled latents `[B, h, w, 3*p*p]` -> images float32 `[B, h*p, w*p, 3]`, not clipped."""

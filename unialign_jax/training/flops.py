@@ -16,6 +16,7 @@ In all blocks but the last every token's result is read, as later blocks attend 
 reads the target's tokens and the text pass the text's.
 """
 
+from unialign_jax.models.t5 import T5Config
 from unialign_jax.models.unialign import TIME_FEATURES, TransformerConfig
 
 BACKWARD_TO_FORWARD = 2
@@ -84,3 +85,42 @@ def _stream(width: int, tokens: int, joint: int, read: int) -> int:
     keys_values = 2 * tokens * width * 2 * width
     per_read = 2 * width * 2 * width + 4 * joint * width + 2 * width * 8 * width
     return modulation + keys_values + read * per_read
+
+
+def recomputed_flops(
+    config: TransformerConfig, remat: str, *, batch: int, image_tokens: int, text_tokens: int, references: int
+) -> int:
+    """FLOPs that one update computes a second time, or for nothing: what a remat policy costs, and the kernel.
+
+    The loop over blocks treats all of them alike, so the last one works for tokens whose result is not read, forward
+    and backward. A flash kernel computes the scores once more for its backward pass under every policy.
+
+    Args:
+      remat: a key of `models.unialign.REMAT_POLICIES`.
+      config, batch, image_tokens, text_tokens, references: as for `train_step_flops`.
+    """
+    total = 0
+    image_pass = (image_tokens * (1 + references), {"read_image": image_tokens, "read_text": 0})
+    text_pass = (image_tokens, {"read_image": 0, "read_text": text_tokens})
+    for images, read in (image_pass, text_pass):
+        joint = images + text_tokens
+        block = _stream(config.width, images, joint, images) + _stream(config.width, text_tokens, joint, text_tokens)
+        needed = _trunk(config, images, text_tokens, **read)
+        all_read = _trunk(config, images, text_tokens, read_image=images, read_text=text_tokens)
+        product = 2 * joint * joint * config.width
+        again = {
+            "none": 0,
+            "dots+attention": 0,
+            "dots": 2 * product,
+            "attention": block - 2 * product,
+            "full": block,
+        }[remat]
+        total += (1 + BACKWARD_TO_FORWARD) * (all_read - needed) + config.num_layers * (again + product)
+    return batch * total
+
+
+def text_encoder_flops(config: T5Config, *, texts: int, tokens: int) -> int:
+    """Forward FLOPs of the text encoder on this many texts of `tokens` tokens."""
+    inner = config.num_heads * config.d_kv
+    block = 2 * tokens * (4 * config.d_model * inner + 3 * config.d_model * config.d_ff) + 4 * tokens * tokens * inner
+    return texts * config.num_layers * block

@@ -1,12 +1,13 @@
-"""Training, from top to bottom: tokenizers, networks, data, state, resume, and the loop over steps.
+"""Training, from top to bottom: program, tokenizers, data, state, resume, and the loop over steps.
 
-A run of a stage lives in `WORKDIR/STAGE`: `checkpoints/`, `tokenizer/` and TensorBoard's event files.
+Every process of a run executes all of it; process 0 alone writes the logs. A run of a stage lives in `WORKDIR/STAGE`:
+`checkpoints/`, `tokenizer/` and TensorBoard's event files.
 """
 
 import contextlib
-import dataclasses
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,46 +16,60 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from unialign_jax import pretrained, storage
+from unialign_jax import agreement, distributed, parallel, pretrained, storage
 from unialign_jax.batch import Batch
 from unialign_jax.checkpoints import Checkpoints
-from unialign_jax.data.pipeline import make_batches
+from unialign_jax.data.pipeline import Batches, make_batches, merge_states
 from unialign_jax.data.samples import Refused
-from unialign_jax.data.sources import SourceConfig, open_source
+from unialign_jax.data.sources import open_source
 from unialign_jax.data.tokenizer import PlainTokenizer, Tokenizer
-from unialign_jax.networks import Networks, Params, build_networks
+from unialign_jax.networks import Networks, Params
 from unialign_jax.state import TrainState, create_state
-from unialign_jax.training import flops, run_config, saved_config, writers
+from unialign_jax.training import run_config, saved_config, writers
 from unialign_jax.training.metrics import DelayedMetrics, Stopwatch, progress_line
+from unialign_jax.training.profiling import StepProfiler
+from unialign_jax.training.program import Program
 from unialign_jax.training.run_config import RunConfig
 from unialign_jax.training.samples import sample_grid
-from unialign_jax.training.step import make_train_step
 
 
 def train(
-    config: ml_collections.ConfigDict, workdir: epath.PathLike, *, start: epath.PathLike | None = None
+    config: ml_collections.ConfigDict,
+    workdir: epath.PathLike,
+    *,
+    start: epath.PathLike | None = None,
+    profile_steps: tuple[int, int] | None = None,
+    make_batches: Callable[..., Batches] = make_batches,
 ) -> TrainState:
-    """Trains one stage to its last step, resuming where `workdir` holds checkpoints of it.
+    """Trains one stage to its last step, or until SIGTERM; resumes where `workdir` holds checkpoints of it.
 
     Args:
       config: see `run_config.RunConfig`; `configs/` has examples.
       workdir: the stage's files go to a sub-directory named after it.
       start: what to start from where the config's `init` does not say.
+      profile_steps: first and last step to record for XProf, see `profiling.StepProfiler`.
+      make_batches: makes the input pipeline; the loop's benchmark puts recorded batches in its place.
 
     Returns:
-      The state after the last step.
+      The state after the last step, which is saved.
 
     Raises:
-      ValueError: a config or data that can't be trained on, a resume that would not continue the same run, or a loss
-        that is not finite. The message says what to do.
+      ValueError: a config or data that can't be trained on, a mesh that the devices or the model do not fit, a resume
+        that would not continue the same run, or a loss that is not finite. The message says what to do.
       FileNotFoundError: files that the config names do not exist.
     """
     run = run_config.read(config)
+    program = Program(run, parallel.make_mesh(run.strategy))
+    networks = program.networks
     directory = storage.absolute(workdir) / run.stage
     speaks = jax.process_index() == 0
-    device = jax.local_devices()[0]
+
+    def say(text: str) -> None:
+        if speaks:
+            print(f"[{run.stage}] {text}", flush=True)
 
     with contextlib.ExitStack() as stack:
+        preemption = stack.enter_context(distributed.Preemption())
         checkpoints = stack.enter_context(
             Checkpoints(
                 directory / "checkpoints", max_to_keep=run.checkpoint.keep, keep_period=run.checkpoint.keep_period
@@ -74,49 +89,43 @@ def train(
         teacher_tokenizer = None
         if run.model.get("teacher"):
             teacher_tokenizer = PlainTokenizer.load(run.teacher_tokenizer) if run.teacher_tokenizer else tokenizer
-        null_ids = tokenizer.encode(" ", run.data.text_length)
-
-        # The networks, and which of them are trained.
-        networks = build_networks(run.model, dtype=run.dtype, remat=run.remat)
+        null_ids = parallel.replicate(tokenizer.encode(" ", run.data.text_length), program.mesh)
         _check_vocabulary(networks, tokenizer)
-        objective = dataclasses.replace(run.objective, mask_token_id=tokenizer.mask_id, end_token_id=tokenizer.end_id)
 
-        # The data: endless batches, each of one source.
-        batches = make_batches(run.data, tokenizer, teacher_tokenizer)
+        # The data: endless batches, each of one source. Every process makes the rows that its devices hold.
+        batches = make_batches(run.data, tokenizer, teacher_tokenizer, slots=program.rows())
         stack.callback(batches.close)
         held_batch = _first_batch(run, tokenizer, teacher_tokenizer) if run.log.samples_every else None
 
         # The state: restored where there is one, else new. What is not trained is made anew or read again each time.
-        init_key, step_key = jax.random.split(jax.random.key(run.seed))
+        # Either way every device makes or reads its own part.
+        make_keys = jax.jit(
+            lambda: tuple(jax.random.split(jax.random.key(run.seed))), out_shardings=program.key.sharding
+        )
+        init_key, step_key = make_keys()
         saved_as = saved_config.as_json(config)
-
-        def fresh_state(params: Params) -> TrainState:
-            return create_state(run.tuning.trained_of(params, init_key), run.optimizer)
-
-        abstract_params = jax.eval_shape(networks.init, init_key)
         start_from = functools.partial(
             pretrained.initial_params, networks, init_key, source=init, average=run.init_average
         )
-        run.tuning.check(abstract_params)
-        needed = abstract_params
-        if resume_step is not None:
-            needed = {name: abstract_params[name] for name in run.tuning.frozen_of(abstract_params)}
-        params = start_from(needed)
+        params = start_from({name: program.params[name] for name in program.frozen})
         frozen = run.tuning.frozen_of(params)
         if resume_step is None:
-            # Committed to its device, as restored arrays are: a resumed run then finds the same program in XLA's cache.
-            state = jax.device_put(jax.jit(fresh_state)(params), device)
+            params |= start_from({name: tree for name, tree in program.params.items() if name not in params})
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
+
+            def create(params: Params, key: jax.Array) -> TrainState:
+                return create_state(run.tuning.trained_of(params, key), run.optimizer)
+
+            state = jax.jit(create, out_shardings=shardings)(params, init_key)
         else:
             state, data_state, _ = checkpoints.restore(
-                jax.eval_shape(fresh_state, abstract_params),
-                resume_step,
-                accept=lambda meta: _accept(meta, saved_as, run),
+                program.state, resume_step, accept=lambda meta: _accept(meta, saved_as, run)
             )
             batches.set_state(data_state)
             if newer := checkpoints.set_aside_after(resume_step):
                 logging.warning("steps %s were moved to %s-set-aside", newer, checkpoints.directory)
         del params
-        start = int(state.step)
+        start = step = int(state.step)
         meta = {
             "stage": run.stage,
             "config": saved_as,
@@ -126,86 +135,92 @@ def train(
         }
         writer = writers.make_writer(directory, start_step=start, active=speaks)
         stack.callback(writer.close)
-
-        def say(text: str) -> None:
-            if speaks:
-                print(f"[{run.stage}] {text}", flush=True)
-
         count = sum(x.size for x in jax.tree.leaves(state.params))
-        say(f"{count / 1e6:.4g} M trained parameters, {'resuming after' if start else 'starting at'} step {start}")
+        mesh = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1) or "one device"
+        say(
+            f"{count / 1e6:.4g} M trained parameters on {mesh}, {'resuming after' if start else 'starting at'} step "
+            f"{start}"
+        )
         if init is not None:
             say(f"{'started' if start else 'starts'} from {init}")
 
         # The loop. The host never waits for the step it has just queued, only for one some steps before.
-        def step_for(source: SourceConfig) -> Any:
-            passes = {"image_pass": source.image_pass, "text_pass": source.text_pass}
-            step = make_train_step(
-                networks,
-                dataclasses.replace(objective, **passes),
-                run.optimizer,
-                merge=run.tuning.merge,
-                micro_batches=run.micro_batches,
-            )
-            return jax.jit(step, donate_argnums=0)
-
-        compiled: dict[Any, Any] = {}
+        compiled: dict[tuple[Batch, float, float], Any] = {}
         window, watch = DelayedMetrics(), Stopwatch()
-        for step in range(start + 1, run.steps + 1):
-            source, settings = run.source_names[batches.next_source], run.data.sources[batches.next_source]
+        profiler = StepProfiler(profile_steps if speaks else None, directory)
+        stack.callback(profiler.close)
+        stopping = False
+        while step < run.steps and not stopping:
+            step += 1
+            source, name = run.data.sources[batches.next_source], run.source_names[batches.next_source]
             with watch.waiting():
                 arrays = next(batches)
-            batch = jax.device_put(Batch(null_ids=null_ids, **arrays), device)
-            shapes = tuple((name, array.shape) for name, array in sorted(arrays.items()))
-            bucket = (shapes, settings.image_pass, settings.text_pass)
+            batch = program.place(arrays, null_ids)
+            size = arrays["target"].shape[1:3]
+            bucket = (program.batch(source, size), source.image_pass, source.text_pass)
             if bucket not in compiled:
                 with watch.paused():
                     begin = time.perf_counter()
-                    compiled[bucket] = step_for(settings).lower(state, frozen, batch, step_key).compile()
-                    say(f"compiled the step for {source!r} in {time.perf_counter() - begin:.1f} s")
-            with jax.transfer_guard("disallow"):
+                    compiled[bucket] = program.lower(source, size, end_token_id=tokenizer.end_id).compile()
+                    say(f"compiled the step for {name!r} in {time.perf_counter() - begin:.1f} s")
+            profiler.before(step, window.drain)
+            with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = compiled[bucket](state, frozen, batch, step_key)
-            window.push(step, source, metrics, run.data.global_batch, _step_flops(run, networks, settings, batch))
+            window.push(step, name, metrics, run.data.global_batch, program.model_flops(source, size))
 
+            if (profile := profiler.after(step, window.drain)) is not None:
+                say(f"profile of steps {profile_steps[0]} to {step}: {profile}")
+            stopping = preemption.reached(step)
             last = step == run.steps
-            if last or step % run.log.every == 0:
-                if last:
+            saving = last or stopping or step % run.checkpoint.every == 0
+            if saving or step % run.log.every == 0:
+                if saving:
+                    # So that a state after a loss that is not finite is never saved, and that no average spans a save:
+                    # a resumed run then writes the points that the uninterrupted one does.
                     window.drain()
                 losses, work = window.averages()
                 if work.steps:  # none yet, if this comes sooner than the values do
                     rates = watch.lap(work)
                     writer.write_scalars(step, losses | rates)
                     say(progress_line(step, run.steps, rates, losses))
-            if last or step % run.checkpoint.every == 0:
-                window.drain()  # so that a state after a loss that is not finite is never saved
+            if saving:
                 with watch.paused():
-                    checkpoints.save(step, state, batches.get_state(), meta)
-            if held_batch is not None and (last or step % run.log.samples_every == 0):
+                    writer.flush()  # a resumed run does not write again what lies before the step it resumes at
+                    checkpoints.save(step, state, merge_states(agreement.gather(batches.get_state())), meta)
+            if held_batch is not None and (last or step % run.log.samples_every == 0) and not stopping:
                 window.drain()
-                with watch.paused():
+                with watch.paused(), jax.set_mesh(program.mesh):
                     params = run.tuning.merge(frozen, state.params if state.ema is None else state.ema)
                     images, text = sample_grid(networks, params, tokenizer, held_batch, run.log)
                     writer.write_images(step, {"samples": images})
                     writer.write_texts(step, {"captions": text})
 
+        batches.set_state(merge_states(agreement.gather(batches.get_state())))  # with the reports of all processes
         for report in batches.reports:
             if report.refused:
                 say(str(report))
-        say(f"done at step {int(state.step)}; checkpoints are in {checkpoints.directory}")
+        if step < run.steps:
+            say(f"told to stop (SIGTERM): saved step {step}; the same command goes on from there")
+        else:
+            say(f"done at step {step}; checkpoints are in {checkpoints.directory}")
     return state
 
 
 def _make_tokenizer(run: RunConfig, init: str | None, directory: epath.Path, *, resuming: bool) -> Tokenizer:
     """The run's tokenizer, kept in `directory`: the one the parameters were trained with, else loaded or learned."""
-    if resuming:
-        return Tokenizer.load(directory)
-    if run.tokenizer.path is not None:
-        tokenizer = Tokenizer.load(run.tokenizer.path)
-    elif init is not None:
-        tokenizer = Tokenizer.load(pretrained.tokenizer_directory(epath.Path(init)))
-    else:
-        tokenizer = Tokenizer.learn(_texts(run), run.tokenizer.learn_vocab_size)
-    tokenizer.save(directory)
-    return tokenizer
+
+    def make() -> None:
+        if run.tokenizer.path is not None:
+            tokenizer = Tokenizer.load(run.tokenizer.path)
+        elif init is not None:
+            tokenizer = Tokenizer.load(pretrained.tokenizer_directory(epath.Path(init)))
+        else:
+            tokenizer = Tokenizer.learn(_texts(run), run.tokenizer.learn_vocab_size)
+        tokenizer.save(directory)
+
+    if not resuming:
+        agreement.primary(make, FileNotFoundError)
+    return Tokenizer.load(directory)
 
 
 def _texts(run: RunConfig):
@@ -236,29 +251,12 @@ def _check_vocabulary(networks: Networks, tokenizer: Tokenizer) -> None:
 
 def _first_batch(run: RunConfig, tokenizer: Tokenizer, teacher_tokenizer) -> dict[str, np.ndarray]:
     """The samples that grids are made for: the run's first ones, the same after every resume."""
-    batches = make_batches(run.data, tokenizer, teacher_tokenizer)
-    try:
-        return {name: array[: run.log.sample_count] for name, array in next(batches).items()}
-    finally:
-        batches.close()
+    count = min(run.log.sample_count, run.data.global_batch)
+    with make_batches(run.data, tokenizer, teacher_tokenizer, slots=range(count)) as batches:
+        return next(batches)
 
 
 def _accept(meta: dict[str, Any], current: dict[str, Any], run: RunConfig) -> None:
     changed = saved_config.check_unchanged(meta["config"], current, run.allow_changed)
     for key, (old, new) in changed.items():
         logging.warning("config key %s was %r and is now %r, as allowed", key, old, new)
-
-
-def _step_flops(run: RunConfig, networks: Networks, source: SourceConfig, batch: Batch) -> int:
-    config = networks.transformer.config
-    height, width, _ = networks.latent_shape(*batch.target.shape[1:3])
-    return flops.train_step_flops(
-        config,
-        batch=run.data.global_batch,
-        image_tokens=(height // config.patch_size) * (width // config.patch_size),
-        text_tokens=run.data.text_length,
-        references=0 if batch.references is None else batch.references.shape[1],
-        aligned=networks.teacher is not None,
-        image_pass=source.image_pass > 0,
-        text_pass=source.text_pass > 0,
-    )

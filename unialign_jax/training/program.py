@@ -4,23 +4,25 @@ Everything here is abstract (shapes, dtypes, shardings), so the mesh may be of d
 runs exactly what the ahead-of-time compiler judges and the benchmark times, because all take it from here.
 """
 
+import bisect
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from unialign_jax import parallel
 from unialign_jax.batch import Batch
-from unialign_jax.data.pipeline import SourceConfig
+from unialign_jax.data.sources import SourceConfig
 from unialign_jax.networks import build_networks
-from unialign_jax.objectives import Objective
 from unialign_jax.state import TrainState, create_state, make_optimizer
 from unialign_jax.training import flops
-from unialign_jax.training.run_config import RunConfig
+from unialign_jax.training.run_config import CACHED, RunConfig
 from unialign_jax.training.step import make_train_step
 
 
@@ -33,76 +35,135 @@ class Program:
     Args:
       run: what is trained.
       mesh: where, see `parallel.make_mesh`.
-      end_token_id: id that pads texts, of the run's tokenizer.
 
     Attributes:
       run, mesh: as given.
       networks: built from `run.model`.
-      params: their parameters by name, float32, as trees of `jax.ShapeDtypeStruct` with shardings.
-      state, frozen, key: the step's arguments, as such trees. `frozen` holds the parameters that are not trained.
+      params: the parameters of the networks that the step reads, by name, float32, as trees of `jax.ShapeDtypeStruct`
+        with shardings.
+      state, frozen, key: the step's arguments, as such trees. `frozen` holds those of `params` that are not trained.
 
     Raises:
       ValueError: networks that can't be built, or a batch, heads or parameters that the mesh does not divide. Nothing
         has been compiled or allocated by then.
     """
 
-    def __init__(self, run: RunConfig, mesh: Mesh, *, end_token_id: int = 1):
+    def __init__(self, run: RunConfig, mesh: Mesh):
         self.run, self.mesh = run, mesh
         self.networks = build_networks(run.model, dtype=run.dtype, remat=run.remat, attention=run.attention)
         parallel.check_batch(mesh, run.data.global_batch, run.micro_batches)
         parallel.check_heads(mesh, self.networks.transformer.config.num_attention_heads)
         boxed = self.networks.abstract()
-        self.params = jax.tree.map(_placed, nn.unbox(boxed), parallel.param_shardings(boxed, mesh))
-        run.tuning.check(self.params)
+        params = jax.tree.map(_placed, nn.unbox(boxed), parallel.param_shardings(boxed, mesh))
+        run.tuning.check(params)
+        # The text encoder is always read: it encodes the masked captions.
+        unread = {CACHED[part] for part in run.cached if part != "instructions"}
+        self.params = {name: tree for name, tree in params.items() if name not in unread}
         self.state = self._abstract_state(run.tuning.trained_of(self.params))
         self.frozen = run.tuning.frozen_of(self.params)
         self.key = self._whole(jax.eval_shape(jax.random.key, 0))
-        self._end_token_id = end_token_id
 
-    def batch(self, source: SourceConfig) -> Batch:
-        """The global batch of a source, abstract. Sources with equal batches and passes share one compiled step."""
-        data = self.run.data
-        shapes = {
-            "target": ((data.height, data.width, 3), jnp.uint8),
-            "caption_ids": ((data.text_length,), jnp.int32),
-            "caption_loss_mask": ((data.text_length,), jnp.bool_),
-            "instruction_ids": ((data.text_length,), jnp.int32),
-        }
+    def batch(self, source: SourceConfig, size: tuple[int, int] | None = None) -> Batch:
+        """The global batch of a source, abstract. Sources with equal batches and passes share one compiled step.
+
+        Args:
+          source: whose batch.
+          size: height and width of its bucket, in pixels; None: those of the config.
+        """
+        data, cached = self.run.data, self.run.cached
+        text, pixels = (data.text_length,), (*(size or (data.height, data.width)), 3)
+        whole = {}
+        shapes = {"caption_ids": (text, jnp.int32), "caption_loss_mask": (text, jnp.bool_)}
         if source.references:
-            shapes["references"] = ((source.references, data.height, data.width, 3), jnp.uint8)
             shapes["reference_mask"] = ((source.references,), jnp.bool_)
-        if self.networks.teacher is not None:
+        if "latents" in cached:
+            shapes["moments"] = ((1 + source.references, *self._moments(pixels)), jnp.float32)
+        if "latents" not in cached or (self.networks.teacher is not None and "teacher" not in cached):
+            shapes["target"] = (pixels, jnp.uint8)
+        if "latents" not in cached and source.references:
+            shapes["references"] = ((source.references, *pixels), jnp.uint8)
+        if "instructions" in cached:
+            states = (*text, self.networks.transformer.config.joint_attention_dim)
+            dtype = self.networks.text_encoder.dtype
+            shapes["instruction_states"], whole["null_states"] = (states, dtype), (states, dtype)
+        else:
+            shapes["instruction_ids"], whole["null_ids"] = (text, jnp.int32), (text, jnp.int32)
+        if self.networks.teacher is not None and "teacher" in cached:
+            vector = (self.networks.teacher.dim,)
+            shapes["teacher_image"], shapes["teacher_text"] = (vector, jnp.float32), (vector, jnp.float32)
+        elif self.networks.teacher is not None:
             shapes["teacher_ids"] = ((data.teacher_length,), jnp.int32)
             shapes["teacher_mask"] = ((data.teacher_length,), jnp.bool_)
         split = parallel.batch_sharding(self.mesh)
         return Batch(
-            null_ids=self._whole(jax.ShapeDtypeStruct((data.text_length,), jnp.int32)),
+            **{name: self._whole(jax.ShapeDtypeStruct(*leaf)) for name, leaf in whole.items()},
             **{
                 name: jax.ShapeDtypeStruct((data.global_batch, *shape), dtype, sharding=split)
                 for name, (shape, dtype) in shapes.items()
             },
         )
 
-    def lower(self, source: SourceConfig) -> jax.stages.Lowered:
-        """The step for batches of a source, traced and ready to be compiled for the mesh's devices."""
-        arguments = (self.state, self.frozen, self.batch(source), self.key)
+    def _moments(self, pixels: tuple[int, int, int]) -> tuple[int, int, int]:
+        """`[h, w, M]` of the codec's moments of an image."""
+        codec = self.networks.codec
+        image = jax.ShapeDtypeStruct((1, *pixels), jnp.float32)
+        return jax.eval_shape(codec.moments, nn.unbox(self.networks.abstract()["autoencoder"]), image).shape[1:]
+
+    def rows(self) -> tuple[int, ...]:
+        """Which rows of every global batch the devices of this process hold, ascending."""
+        held = parallel.batch_sharding(self.mesh).addressable_devices_indices_map((self.run.data.global_batch,))
+        return tuple(sorted({row for (part,) in held.values() for row in range(self.run.data.global_batch)[part]}))
+
+    def place(self, arrays: Mapping[str, np.ndarray], null_ids: jax.Array) -> Batch:
+        """The global batch, of which every process gives its part.
+
+        Args:
+          arrays: `rows()` of a batch, as `data.pipeline.Batches` gives them.
+          null_ids: int32 `[T]`, on all devices of the mesh.
+        """
+        rows, sharding = self.rows(), parallel.batch_sharding(self.mesh)
+
+        def whole(part: np.ndarray) -> jax.Array:
+            def of_device(index):
+                rows_of_device = range(self.run.data.global_batch)[index[0]]
+                first = bisect.bisect_left(rows, rows_of_device.start)
+                return part[first : first + len(rows_of_device)]
+
+            return jax.make_array_from_callback((self.run.data.global_batch, *part.shape[1:]), sharding, of_device)
+
+        return Batch(null_ids=null_ids, **{name: whole(part) for name, part in arrays.items()})
+
+    def lower(
+        self, source: SourceConfig, size: tuple[int, int] | None = None, *, end_token_id: int = 1
+    ) -> jax.stages.Lowered:
+        """The step for batches of a source, traced and ready to be compiled for the mesh's devices.
+
+        Args:
+          source, size: see `batch`.
+          end_token_id: id that ends and pads texts, of the run's tokenizer.
+        """
+        run = self.run
+        objective = dataclasses.replace(
+            run.objective,
+            mask_token_id=self.networks.transformer.config.mask_token_id,
+            end_token_id=end_token_id,
+            image_pass=source.image_pass,
+            text_pass=source.text_pass,
+        )
+        step = make_train_step(
+            self.networks, objective, run.optimizer, merge=run.tuning.merge, micro_batches=run.micro_batches
+        )
+        arguments = (self.state, self.frozen, self.batch(source, size), self.key)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, arguments)
         outputs = (shardings[0], parallel.replicated(self.mesh))
-        step = make_train_step(
-            self.networks,
-            self._objective(source),
-            self.run.optimizer,
-            merge=self.run.tuning.merge,
-            micro_batches=self.run.micro_batches,
-        )
-        step = jax.jit(step, in_shardings=shardings, out_shardings=outputs, donate_argnums=0)
+        jitted = jax.jit(step, in_shardings=shardings, out_shardings=outputs, donate_argnums=0)
         with jax.set_mesh(self.mesh):
-            return step.lower(*arguments)
+            return jitted.lower(*arguments)
 
-    def model_flops(self, source: SourceConfig) -> int:
-        """FLOPs that one step on a batch of a source needs, over all devices; see `flops.train_step_flops`."""
+    def model_flops(self, source: SourceConfig, size: tuple[int, int] | None = None) -> int:
+        """FLOPs that one step on a batch of a source needs, over all devices; see `batch`, `flops.train_step_flops`."""
         config = self.networks.transformer.config
-        height, width, _ = self.networks.latent_shape(self.run.data.height, self.run.data.width)
+        height, width, _ = self.networks.latent_shape(*size or (self.run.data.height, self.run.data.width))
         return flops.train_step_flops(
             config,
             batch=self.run.data.global_batch,
@@ -112,15 +173,6 @@ class Program:
             aligned=self.networks.teacher is not None,
             image_pass=source.image_pass > 0,
             text_pass=source.text_pass > 0,
-        )
-
-    def _objective(self, source: SourceConfig) -> Objective:
-        return dataclasses.replace(
-            self.run.objective,
-            mask_token_id=self.networks.transformer.config.mask_token_id,
-            end_token_id=self._end_token_id,
-            image_pass=source.image_pass,
-            text_pass=source.text_pass,
         )
 
     def _abstract_state(self, params: Any) -> TrainState:

@@ -11,6 +11,7 @@ from unialign_jax.objectives import Objective
 from unialign_jax.state import OptimizerConfig
 from unialign_jax.tuning import LoraConfig, Tuning
 
+CACHED = {"latents": "autoencoder", "instructions": "text_encoder", "teacher": "teacher"}  # part -> who makes it
 # Not configured: the tokenizer has the first two, every source its own of the others.
 _OBJECTIVE_FROM_ELSEWHERE = ("mask_token_id", "end_token_id", "image_pass", "text_pass")
 
@@ -100,6 +101,8 @@ class RunConfig:
       init: what to start from: a run's stage directory (its newest step), a step in one, or a converted directory;
         None: random.
       init_average: of a run, start from the moving average of its parameters where one was kept.
+      cached: what a cache provides instead of the frozen networks, of `CACHED`; the batches then hold these arrays in
+        place of pixels and ids, see `batch.Batch`.
       micro_batches: parts in which a batch is worked off, see `training.step`.
       dtype: compute dtype, "bfloat16" or "float32".
       remat: what the backward pass recomputes, see `models.unialign.REMAT_POLICIES`.
@@ -126,6 +129,7 @@ class RunConfig:
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     init: str | None = None
     init_average: bool = True
+    cached: tuple[str, ...] = ()
     micro_batches: int = 1
     dtype: str = "bfloat16"
     remat: str = "none"
@@ -141,6 +145,10 @@ class RunConfig:
             raise ValueError(f"steps is {self.steps}, expected 1 or more")
         if not self.trained:
             raise ValueError("trained is empty, expected networks or patterns of parameters")
+        if set(self.cached) - set(CACHED):
+            raise ValueError(f"cached is {self.cached}, expected some of {', '.join(CACHED)}")
+        if stale := [part for part in self.cached if self.tuning.changes(CACHED[part])]:
+            raise ValueError(f"cached has {', '.join(stale)}, whose network is trained: a cache would be out of date")
 
     @property
     def tuning(self) -> Tuning:

@@ -11,7 +11,6 @@ from etils import epath
 
 from unialign_jax import agreement, storage
 from unialign_jax.checkpoints import Checkpoints, saved_steps
-from unialign_jax.state import TrainState
 from unialign_jax.training import loop, run_config, saved_config
 from unialign_jax.training.run_config import ConfigError, RunConfig
 
@@ -20,7 +19,9 @@ class StageNotFinished(ValueError):
     """The stage that another one starts from has not been trained, or not to its end."""
 
 
-def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainState | None:
+def train(
+    config: ml_collections.ConfigDict, workdir: epath.PathLike, *, profile_steps: tuple[int, int] | None = None
+) -> bool:
     """Trains a stage, or every stage of a config that has several, each from the one before.
 
     Stages that are finished are left as they are, after checking that their configs have not changed; so the same call
@@ -30,9 +31,10 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
     Args:
       config: of one stage, or with a section `stages` of configs by name.
       workdir: every stage has a sub-directory of its name.
+      profile_steps: see `loop.train`; of every stage.
 
     Returns:
-      The state after the last step of the last stage that was trained; None if all were finished.
+      Whether all steps have been taken; not so after SIGTERM, with the last one saved.
 
     Raises:
       StageNotFinished: the `after` stage is not there or not finished.
@@ -40,17 +42,17 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
     """
     if "stages" not in config:
         run = run_config.read(config)
-        return loop.train(config, workdir, start=_start(run, workdir))
+        state = loop.train(config, workdir, start=_start(run, workdir), profile_steps=profile_steps)
+        return int(state.step) == run.steps
     runs = {name: run_config.read(stage, f"stages.{name}") for name, stage in config.stages.items()}
-    state = None
     for name in in_order(runs):
         stage, run = config.stages[name], runs[name]
         if _is_finished(stage, run, workdir):
             continue
-        state = loop.train(stage, workdir, start=_start(run, workdir))
+        state = loop.train(stage, workdir, start=_start(run, workdir), profile_steps=profile_steps)
         if int(state.step) < run.steps:
-            break  # told to stop
-    return state
+            return False
+    return True
 
 
 def in_order(runs: Mapping[str, RunConfig]) -> list[str]:

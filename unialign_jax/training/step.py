@@ -50,17 +50,20 @@ def make_train_step(
     gradient = jax.value_and_grad(loss, has_aux=True)
 
     def train_step(state: TrainState, frozen: Params, batch: Batch, key: jax.Array):
-        height, width = batch.target.shape[1:3]
-        draws = sample_draws(jax.random.fold_in(key, state.step), batch, networks.latent_shape(height, width))
+        draws = sample_draws(jax.random.fold_in(key, state.step), batch, networks.latent_shape_of(batch))
         if micro_batches == 1:
             (total, terms), grads = gradient(state.params, frozen, batch, draws)
         else:
-            parts = _split(batch, draws, micro_batches)
+            null = {"null_ids": batch.null_ids, "null_states": batch.null_states}  # these have no batch axis
+            parts = _split(batch.replace(null_ids=None, null_states=None), draws, micro_batches)
+
+            def part_gradient(part):
+                return gradient(state.params, frozen, part[0].replace(**null), part[1])
 
             def add(sums, part):
-                return jax.tree.map(jnp.add, sums, gradient(state.params, frozen, *part)), None
+                return jax.tree.map(jnp.add, sums, part_gradient(part)), None
 
-            shapes = jax.eval_shape(lambda: gradient(state.params, frozen, *jax.tree.map(lambda x: x[0], parts)))
+            shapes = jax.eval_shape(lambda: part_gradient(jax.tree.map(lambda x: x[0], parts)))
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             sums, _ = jax.lax.scan(add, zeros, parts)
             (total, terms), grads = jax.tree.map(lambda x: x / micro_batches, sums)
@@ -76,10 +79,11 @@ def make_train_step(
 
 
 def _split(batch: Batch, draws, parts: int):
-    """`(batch, draws)` with a leading axis of `parts`; the null text, which has no batch axis, is repeated."""
+    """`(batch, draws)` with a leading axis of `parts`.
+
+    Part k holds every `parts`-th sample from k on, so that all devices have their share of each.
+    """
     size = batch.caption_ids.shape[0]
     if size % parts:
         raise ValueError(f"a batch of {size} cannot be split in {parts} equal micro-batches; change one of them")
-    repeated = batch.replace(null_ids=jnp.broadcast_to(batch.null_ids, (size, *batch.null_ids.shape)))
-    split = jax.tree.map(lambda x: x.reshape(parts, size // parts, *x.shape[1:]), (repeated, draws))
-    return split[0].replace(null_ids=split[0].null_ids[:, 0]), split[1]
+    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(size // parts, parts, *x.shape[1:]), 0, 1), (batch, draws))

@@ -1,0 +1,69 @@
+"""How long a compiled program takes at best: every operation at the peak rate of what limits it.
+
+An operation takes the longer of its matrix products' time and its memory traffic's; operations follow each other, as
+they do on a TPU's core. Prefetches into vector memory run beside them and only have to fit the memory's bandwidth.
+Transfers between chips either hide behind all of that ("overlapped") or stand in line with it ("serial"): the truth lies
+between. Vector arithmetic, latencies and the launch of kernels are left out, so this is a bound, not a forecast.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+
+from unialign_jax.training.chips import Slices
+from unialign_jax.training.collectives import KINDS, Collective
+from unialign_jax.training.hlo import Module
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Seconds per execution of a program on one device.
+
+    Attributes:
+      compute: all matrix products, with sides filled up to the matrix unit's.
+      hbm: all memory traffic.
+      operations: operations one after the other, each the longer of its two times.
+      interconnect: transfers within a slice.
+      dcn: transfers between slices.
+      flops: matrix products that the program asks for on one device, not filled up.
+    """
+
+    compute: float
+    hbm: float
+    operations: float
+    interconnect: float
+    dcn: float
+    flops: float
+
+    @property
+    def device(self) -> float:
+        """What a device needs without waiting for others."""
+        return max(self.operations, self.hbm)
+
+    @property
+    def overlapped(self) -> float:
+        return max(self.device, self.interconnect, self.dcn)
+
+    @property
+    def serial(self) -> float:
+        return self.device + self.interconnect + self.dcn
+
+
+def estimate(module: Module, transfers: Sequence[Collective], slices: Slices) -> Roofline:
+    """The roofline of a program compiled for `slices`, with its collectives as `collectives.read` gives them."""
+    chip = slices.chip
+    peak, bandwidth = chip.flops / chip.devices, chip.hbm_bandwidth / chip.devices
+    compute = hbm = operations = flops = 0.0
+    for step in module.steps():
+        products = module.flops(step, chip.matrix_unit) / peak * step.times
+        traffic = module.traffic(step) / bandwidth * step.times
+        flops += module.flops(step) * step.times
+        compute, hbm = compute + products, hbm + traffic
+        opcode = step.instruction.opcode
+        if opcode not in ("copy-start", "slice-start") and opcode.removesuffix("-start") not in KINDS:
+            operations += max(products, traffic)
+    seconds: collections.Counter[bool] = collections.Counter()
+    for transfer in transfers:
+        time = transfer.times * transfer.bytes / slices.bandwidth(transfer.group)
+        seconds[slices.several(transfer.group)] += time
+    return Roofline(compute, hbm, operations, seconds[False], seconds[True], flops)
