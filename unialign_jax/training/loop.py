@@ -21,7 +21,7 @@ from unialign_jax.batch import Batch
 from unialign_jax.checkpoints import Checkpoints
 from unialign_jax.data.pipeline import Batches, make_batches, merge_states
 from unialign_jax.data.samples import Refused
-from unialign_jax.data.sources import open_source
+from unialign_jax.data.sources import SourceConfig, open_source
 from unialign_jax.data.tokenizer import PlainTokenizer, Tokenizer
 from unialign_jax.networks import Networks, Params
 from unialign_jax.state import TrainState, create_state
@@ -80,6 +80,8 @@ def train(
         # Exactly where it started, however far that run has gone on: what is not trained comes from there each time.
         if resume_step is None:
             start = start if run.init is None else run.init
+            if start is None and run.after is not None:
+                raise ValueError(f"stage {run.stage!r} goes on from {run.after!r}; say where that is, or set init")
             init = None if start is None else str(pretrained.locate(start))
         else:
             init = pretrained.start_of(checkpoints.meta(resume_step), directory)
@@ -225,7 +227,7 @@ def _make_tokenizer(run: RunConfig, init: str | None, directory: epath.Path, *, 
 
 def _texts(run: RunConfig):
     """All texts of the sources, for learning a tokenizer. Rows that can't be used are reported while training."""
-    for source in run.data.sources:
+    for source in (*run.data.sources, *map(SourceConfig, run.tokenizer.more_texts)):
         rows = open_source(source)
         for index in range(len(rows)):
             try:

@@ -6,6 +6,9 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from etils import epath
+
+from unialign_jax import storage
 from unialign_jax.data.pipeline import DataConfig, SourceConfig
 from unialign_jax.objectives import Objective
 from unialign_jax.state import OptimizerConfig
@@ -28,10 +31,12 @@ class TokenizerConfig:
       path: directory of a saved tokenizer.
       learn_vocab_size: learn one of this size from the captions of the data, once, at the start of the run. A run that
         starts from another (`RunConfig.init`) takes over that one's tokenizer instead: parameters go with their ids.
+      more_texts: JSONL rows to learn from as well, those of stages that will take the tokenizer over.
     """
 
     path: str | None = None
     learn_vocab_size: int | None = None
+    more_texts: tuple[str, ...] = ()
 
     def __post_init__(self):
         if (self.path is None) == (self.learn_vocab_size is None):
@@ -91,7 +96,8 @@ class RunConfig:
       seed: of initialisation and of every draw of the losses.
       steps: updates in all.
       model: the networks, as `networks.build_networks` takes them.
-      data: what is trained on; its sources are named, and terms of the loss are reported by these names too.
+      data: what is trained on; its sources are named, and terms of the loss are reported by these names too. The
+        config's `data.root` is a directory that the paths of sources and of `tokenizer.more_texts` are relative to.
       source_names: the names, in the order of `data.sources`.
       objective, optimizer: see their classes; the mask and end tokens follow from the tokenizer.
       tokenizer: of the text encoder.
@@ -174,13 +180,31 @@ def read(config: Any, name: str = "") -> RunConfig:
             f"{prefix}{(fixed or ['source_names'])[0]}: not a key of the config, it follows from other keys"
         )
     if isinstance(fields.get("data"), Mapping) and isinstance(fields["data"].get("sources"), Mapping):
-        sources = fields["data"]["sources"]
+        sources = _below_root(fields)
         named = {name: _build(SourceConfig, source, f"{prefix}data.sources.{name}") for name, source in sources.items()}
         fields["data"] = {**fields["data"], "sources": tuple(named.values())}
         fields["source_names"] = tuple(named)
     else:
         raise ConfigError(f"{prefix}data.sources: expected one section per source, by name")
     return _build(RunConfig, fields, name)
+
+
+def _below_root(fields: dict[str, Any]) -> dict[str, Any]:
+    """The sources, their paths below `data.root`; likewise those that a tokenizer is learned from, in place."""
+    root = fields["data"].pop("root", "")
+
+    def below(path: Any) -> Any:
+        joins = root and isinstance(path, str) and not storage.is_remote(path)
+        return str(epath.Path(root) / path) if joins else path
+
+    sources = fields["data"]["sources"]
+    for source in sources.values():
+        if isinstance(source, dict) and source.get("format") != "tfds":
+            source["path"] = below(source.get("path"))
+    tokenizer = fields.get("tokenizer")
+    if isinstance(tokenizer, dict) and isinstance(tokenizer.get("more_texts"), tuple):
+        tokenizer["more_texts"] = tuple(map(below, tokenizer["more_texts"]))
+    return sources
 
 
 def _build(kind: type, fields: Any, name: str) -> Any:
