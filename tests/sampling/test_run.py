@@ -198,7 +198,10 @@ def start(stage, prompts, processes, *outputs):
     return [
         subprocess.Popen(
             [sys.executable, "-c", CHILD, *map(str, (stage, prompts, port, processes, i, *outputs))],
-            env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )  # fmt: skip
         for i in range(processes)
     ]
