@@ -9,6 +9,9 @@ TPU = ["jax[tpu]>=0.10.2,<0.12"]
 # torch is pinned: a newer one would be downloaded with gigabytes of CUDA libraries that the tests do not use.
 TEST = [*TPU, "diffusers>=0.35", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "torch==2.13.0", "transformers>=4.55"]
 
+# What etils and fsspec read and write gs:// with; it brings the client library that Orbax needs there.
+GCS = ["gcsfs>=2025.12"]
+
 setup(
     name="unialign_jax",
     version="0.1.0",
@@ -17,6 +20,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
+    package_data={"unialign_jax": ["checkpoints_shipped/**/*"]},
     packages=find_packages(include=["unialign_jax", "unialign_jax.*"]),
     install_requires=[
         "jax>=0.10.2,<0.12",
@@ -41,8 +45,10 @@ setup(
     ],
     extras_require={
         "test": TEST,
-        "tpu": TPU,
+        "tpu": [*TPU, *GCS],
         "gpu": ["jax[cuda13]>=0.10.2,<0.12"],
-        "convert": ["torch>=2.8"],  # only to read a .pth mask-token vector
+        "gcs": GCS,
+        # To read a .pth mask-token vector, and to run what was converted beside the public libraries (--check).
+        "convert": ["diffusers>=0.35", "torch>=2.8", "transformers>=4.55"],
     },
 )

@@ -10,7 +10,7 @@ from ml_collections import config_dict
 STAGES = ("photos",)
 VOCABULARY = 2048
 TEXT_LENGTH = 64
-IMAGE = 64  # pixels
+IMAGE = 48  # pixels
 WIDTH, HEADS = 128, 4
 TEACHER_WIDTH = 64
 
@@ -28,6 +28,9 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
     config.attention = "auto"
     config.strategy = "fsdp"
     config.trained = ("transformer", "text_encoder")
+    config.after = config_dict.placeholder(str)
+    config.frozen = ()
+    config.lora = {"rank": 0, "targets": ("transformer/blocks/*/query",), "alpha": config_dict.placeholder(float)}
     config.init = config_dict.placeholder(str)
     config.init_average = True
     config.cached = ()
@@ -35,16 +38,17 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
 
     config.model = {
         "transformer": {
-            "sample_size": IMAGE // 4,
+            "sample_size": IMAGE // 2,
             "patch_size": 2,
-            "in_channels": 48,
-            "out_channels": 48,
+            # 4 x 4 pixels are one token of 48 numbers. A velocity holds all of the noise: it must fit into the width.
+            "in_channels": 12,
+            "out_channels": 12,
             "num_layers": 5,
             "attention_head_dim": WIDTH // HEADS,
             "num_attention_heads": HEADS,
             "caption_projection_dim": WIDTH,
             "joint_attention_dim": 128,
-            "pos_embed_max_size": 16,
+            "pos_embed_max_size": 24,
             "vocab_size": VOCABULARY,
             "mask_token_id": VOCABULARY - 1,
             "adapter_hidden": 128,
@@ -52,7 +56,7 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
             "qk_norm": config_dict.placeholder(str),
         },
         # Photographs in [-1, 1] have a standard deviation of about 0.5: twice that is what the noise has.
-        "pixel_codec": {"patch": 4, "scaling_factor": 2.0, "shift_factor": 0.0},
+        "pixel_codec": {"patch": 2, "scaling_factor": 2.0, "shift_factor": 0.0},
         "text_encoder": {
             "vocab_size": VOCABULARY,
             "d_model": 128,
@@ -75,10 +79,11 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
             "vocab_size": VOCABULARY,
         },
     }
-    config.tokenizer = {"path": config_dict.placeholder(str), "learn_vocab_size": VOCABULARY}
+    config.tokenizer = {"path": config_dict.placeholder(str), "learn_vocab_size": VOCABULARY, "more_texts": ()}
     config.teacher_tokenizer = config_dict.placeholder(str)
 
     config.data = {
+        "root": "",
         "sources": {"photos": {"path": "data/photos/generate.jsonl", "task": "generate", "weight": 1.0}},
         "global_batch": 16,
         "height": IMAGE,
@@ -99,6 +104,8 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
         "alignment_weight": 0.1,
         "temperature": 0.07,
         "semantic_depth": 2,
+        "time_shift": 1.0,
+        "image_loss": "x0",
         "text_dropout": 0.1,
         "reference_dropout": 0.0,
         "pool_padding": True,
@@ -114,6 +121,7 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
         "eps": 1e-8,
         "clip_norm": 1.0,
         "ema_rate": 0.99,
+        "ema_warmup": False,
     }
     config.log = {"every": 20, "samples_every": 500, "sample_count": 8, "sample_steps": 28, "guidance": 3.0}
     config.checkpoint = {"every": 500, "keep": 2, "keep_period": config_dict.placeholder(int)}

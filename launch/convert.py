@@ -6,9 +6,13 @@
 
     python launch/convert.py --to=torch --source=converted --target=pipeline
         The way back: a directory that the public pipeline class loads with from_pretrained. The source may also be a
-        run's stage directory, or one step in its checkpoints/.
+        run's stage directory, or one step in its checkpoints/, of which --noaverage exports the parameters themselves
+        instead of their moving average.
 
-Between directories weights are streamed: memory holds a few tensors, never a network.
+    python launch/convert.py --to=torch --source=converted --target=pipeline --check
+        Then samples one prompt from the same noise here and in PyTorch, both in float32, and prints the differences.
+
+Between directories weights are streamed: memory holds a few tensors, never a network. --check holds one side at a time.
 """
 
 from absl import flags
@@ -25,7 +29,13 @@ _MASK_TOKEN = flags.DEFINE_string(
 _TEACHER = flags.DEFINE_string(
     "teacher", None, "With --to=jax: Qwen2.5-VL directory to take the semantic teacher's tensors from."
 )
-_SEED = flags.DEFINE_integer("seed", 0, "With --to=jax: of the tensors that the source lacks.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the tensors that the source lacks, and of what --check samples.")
+_AVERAGE = flags.DEFINE_bool("average", True, "Of a run, take the moving average of its parameters where there is one.")
+_CHECK = flags.DEFINE_bool(
+    "check", False, "Sample generate, edit, compose and caption on both sides and fail if they differ."
+)
+_PROMPT = flags.DEFINE_string("prompt", None, "With --check: what is sampled.")
+_STEPS = flags.DEFINE_integer("steps", 8, "With --check: sampling steps.", lower_bound=1)
 _PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
 
 
@@ -46,7 +56,7 @@ def main() -> None:
     elif convert.is_converted(_SOURCE.value):
         report = convert.to_torch(_SOURCE.value, _TARGET.value, progress=_PROGRESS.value)
     else:  # a run, or a clear error
-        model = pretrained.load(_SOURCE.value, dtype="float32")
+        model = pretrained.load(_SOURCE.value, dtype="float32", average=_AVERAGE.value)
         report = convert.write_torch(
             model.description,
             model.params,
@@ -55,6 +65,19 @@ def main() -> None:
             progress=_PROGRESS.value,
         )
     print(report)
+    if _CHECK.value:
+        _check()
+
+
+def _check() -> None:
+    from unialign_jax import convert, torch_check
+
+    ours, theirs = (_TARGET, _SOURCE) if _TO.value == "jax" else (_SOURCE, _TARGET)
+    options = {"steps": _STEPS.value, "seed": _SEED.value, "average": _AVERAGE.value}
+    found = torch_check.compare(ours.value, theirs.value, prompt=_PROMPT.value or torch_check.PROMPT, **options)
+    print("\n".join(map(str, found)))
+    if different := [difference.task for difference in found if not difference.same]:
+        raise convert.ConversionError(f"{ours.value} and {theirs.value} differ in {', '.join(different)}")
 
 
 if __name__ == "__main__":

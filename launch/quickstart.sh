@@ -23,11 +23,11 @@ rows="${1:-$out/corpus/generate.jsonl}"
 small=()
 if [ $# -eq 0 ]; then
   # The drawn captions know few words: a vocabulary to match.
-  small=(--config.tokenizer.learn_vocab_size=100 --config.model.transformer.vocab_size=100
-    --config.model.transformer.mask_token_id=99 --config.model.text_encoder.vocab_size=100
-    --config.model.teacher.vocab_size=100)
+  small=(--config.tokenizer.learn_vocab_size=160 --config.model.transformer.vocab_size=160
+    --config.model.transformer.mask_token_id=159 --config.model.text_encoder.vocab_size=160
+    --config.model.teacher.vocab_size=160)
   say "drawing 512 images of coloured shapes with captions"
-  "$python" -m unialign_jax.data.scenes --target="$out/corpus" --count=512 --size=64
+  "$python" -m unialign_jax.data.scenes --target="$out/corpus" --count=512 --size=64 --task=generate
 fi
 
 say "training a 6.6 M parameter model from scratch (the console line says how long; about 10 minutes on two cores)"

@@ -1,8 +1,12 @@
-"""Trains one stage of a config, or resumes it.
+"""Trains the stages of a config one after another, or one of them; started again, goes on where it was.
 
-    python launch/train.py --config=configs/photos_tiny.py --workdir=runs/photos [--config.key=value ...]
+    python launch/train.py --config=configs/scenes_tiny.py:all --workdir=runs/scenes
+        Every stage in turn, each from the one before. Keys are those of a stage: --config.stages.unify.steps=100
 
-A config file may take a stage after a colon: --config=configs/sd3_medium.py:unify
+    python launch/train.py --config=configs/scenes_tiny.py:unify --workdir=runs/scenes [--config.key=value ...]
+        One stage. It starts from the stage before it in the same --workdir, or from --config.init.
+
+A stage is named after a colon; a file with one stage needs none: --config=configs/photos_tiny.py
 
 Of a run on several hosts, every host starts this command. On Cloud TPU, SLURM and Open MPI the processes find each
 other; elsewhere give --coordinator, --num_processes and --process_id.
@@ -13,10 +17,12 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from unialign_jax import cli
+from unialign_jax import cli, compilation_cache
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, and after a colon the stage.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and the tokenizer go, by stage.")
+_CACHE = flags.DEFINE_string("compilation_cache", None, compilation_cache.HELP)
+_PROFILE = flags.DEFINE_string("profile_steps", None, "START:STOP: record these steps for XProf.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where the processes meet.")
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
 _PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
@@ -29,11 +35,13 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main() -> None:
     # Late: a wrong flag is said without loading JAX.
     from unialign_jax import distributed
-    from unialign_jax.training.loop import train
+    from unialign_jax.training import stages
+    from unialign_jax.training.profiling import parse_steps
 
+    profile_steps = parse_steps(_PROFILE.value)
     distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-    state = train(_CONFIG.value, _WORKDIR.value)
-    if int(state.step) < _CONFIG.value.steps:
+    compilation_cache.enable(_CACHE.value)
+    if not stages.train(_CONFIG.value, _WORKDIR.value, profile_steps=profile_steps):
         sys.exit(_PREEMPTED.value)
 
 

@@ -5,7 +5,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from unialign_jax import EditSession
 from unialign_jax.data.tokenizer import Tokenizer
+from unialign_jax.inference.inputs import image_size
+from unialign_jax.inference.presets import Protocol
+from unialign_jax.inference.programs import image_programs
 from unialign_jax.networks import build_networks
 from unialign_jax.pipeline import UniAlignPipeline
 
@@ -48,7 +52,7 @@ def pipeline():
     rng = np.random.default_rng(0)
     # Random everywhere: what starts at zero would hide whether a condition arrives.
     params = jax.tree.map(lambda x: (0.4 * rng.normal(size=x.shape)).astype(np.float32), shapes)
-    return UniAlignPipeline(networks, params, tokenizer, text_length=40, size=(16, 16), max_batch=4)
+    return UniAlignPipeline(networks, params, tokenizer, text_length=96, size=(16, 16), max_batch=4)
 
 
 def picture(seed, height=20, width=30):
@@ -104,9 +108,114 @@ def test_images_of_any_kind_are_taken(pipeline, tmp_path):
     expected = pipeline.caption(pixels, **FEW)
     assert pipeline.caption(str(tmp_path / "a.png"), **FEW) == expected
     assert pipeline.caption(Image.fromarray(pixels).convert("RGBA"), **FEW) == expected
-    assert isinstance(pipeline.caption(Image.fromarray(pixels).convert("L"), **FEW), str)
+    assert pipeline.caption(np.dstack([pixels, np.full((20, 30), 255, np.uint8)]), **FEW) == expected
+    grey = pipeline.caption(Image.fromarray(pixels).convert("L"), **FEW)
+    assert pipeline.caption(np.asarray(Image.fromarray(pixels).convert("L")), **FEW) == grey
     wide = pipeline.generate("a circle", size=(8, 24), **FEW)
     assert wide.size == (24, 8)
+
+
+def test_outputs_on_request(pipeline):
+    array = pipeline.generate(["a circle", "a square"], output="array", **FEW)
+    np.testing.assert_array_equal(array[1], np.asarray(pipeline.generate(["a circle", "a square"], **FEW)[1]))
+    latent = pipeline.generate("a circle", output="latent", **FEW)
+    assert latent.shape == (8, 8, 12) and latent.dtype == np.float32
+    pixels = pipeline.networks.decode_images(pipeline.params, latent[None])[0]
+    np.testing.assert_allclose(array[0], np.round((np.clip(pixels, -1, 1) + 1) * 127.5), atol=1)
+    ids = pipeline.answer(picture(0), "what colour", output="array", **FEW)
+    known = pipeline.tokenizer.encode_prompted("Q: what colour Answer", "", 96)[0]
+    assert ids.dtype == np.int32 and (ids[:8] == known[:8]).all()
+
+
+def test_reference_guidance_is_a_scale_of_its_own(pipeline):
+    """Both scales against the formula, one Euler step from the velocities of the three conditions."""
+    request = {"image": picture(0), "instruction": "make it red", "steps": 1, "output": "latent"}
+    none, reference, both = (
+        pipeline.generate(" ", **{"steps": 1, "output": "latent", "guidance": 1.0}),
+        pipeline.edit(**(request | {"instruction": " ", "guidance": 1.0})),
+        pipeline.edit(**request, guidance=1.0),
+    )
+    made = pipeline.edit(**request, guidance=5.0, reference_guidance=1.7, negative_prompt=" ")
+    expected = none + 1.7 * (reference - none) + 5.0 * (both - reference)
+    np.testing.assert_allclose(made, expected, atol=2e-4)
+    single = pipeline.edit(**request, guidance=5.0, negative_prompt=" ")
+    np.testing.assert_allclose(single, reference + 5.0 * (both - reference), atol=2e-4)
+
+
+def test_previews_come_after_every_step_and_change_nothing(pipeline, capsys):
+    seen = []
+
+    def preview(step, steps, images):
+        seen.append((step, steps, {index: image.copy() for index, image in images.items()}))
+
+    prompts = ["a circle", "a square", "grey", "a red triangle", "blue"]
+    watched = pipeline.generate(prompts, steps=3, output="array", preview=preview, progress=True)
+    np.testing.assert_array_equal(watched, pipeline.generate(prompts, steps=3, output="array"))
+    assert [(step, steps, sorted(images)) for step, steps, images in seen] == [
+        (step, 3, items) for items in ([0, 1, 2, 3], [4]) for step in (1, 2, 3)
+    ]
+    np.testing.assert_array_equal(seen[-1][2][4], watched[4])  # the last estimate is the image
+    bar = capsys.readouterr().err
+    assert "100%" in bar and "5/5" in bar and "left" in bar and "image/s" in bar
+
+
+def test_any_number_of_steps_and_any_guidance_are_served_by_what_is_compiled(pipeline):
+    pipeline.warm_up(["generate"], batches=[2])
+    programs = image_programs(pipeline.networks, pipeline.mesh)
+    before = programs.advance._cache_size()
+    for steps, guidance in ((2, 7.0), (5, 3.0), (1, 2.5)):
+        pipeline.generate(["a circle", "a square"], steps=steps, guidance=guidance)
+    assert programs.advance._cache_size() == before
+
+
+def test_protocols(pipeline):
+    assert pipeline.caption(picture(0), steps=32) == pipeline.caption(picture(0))
+    open_ended = pipeline.answer(picture(0), "what colour", protocol="d-dit-open", output="array", steps=2)
+    mine = pipeline.answer(picture(0), "Q: what colour A:", protocol=Protocol(question="{}", answer_steps=2))
+    assert pipeline.tokenizer.decode(open_ended).endswith(mine)
+    ten = pipeline.caption(picture(0), protocol=Protocol(caption_length=10, caption_steps=2), output="array")
+    assert ten.shape == (10,)
+
+
+@pytest.mark.parametrize("aspect", ["1:1", "16:9", 0.5, "3:1", "1:50", 50])
+def test_any_aspect_ratio_of_the_position_table(pipeline, aspect):
+    height, width = image_size(pipeline.networks, (16, 16), None, aspect)
+    assert height % 4 == width % 4 == 0 and max(height, width) <= 24
+    ratio = eval(str(aspect).replace(":", "/"))
+    assert (width - height) * (ratio - 1) >= 0
+
+
+def test_prompts_in_any_script_and_of_any_length(pipeline):
+    prompts = [
+        "",
+        " ",
+        "красный круг",
+        "红色的圆",
+        "دائرة حمراء",
+        "🔴 ⭕",
+        "</s> <extra_id_0>",
+        "a red circle " * 400,
+        "\0",
+    ]
+    assert len(pipeline.generate(prompts, steps=1)) == len(prompts)
+
+
+def test_up_to_four_references(pipeline):
+    for count in (3, 4):  # one and two are everywhere in this file
+        assert pipeline.compose([picture(i) for i in range(count)], "a circle", steps=1).size == (16, 16)
+
+
+def test_a_session_of_edits(pipeline):
+    session = EditSession(pipeline, picture(0), aspect="1:1", steps=2)
+    first = session.edit("make it red")
+    np.testing.assert_array_equal(first, pipeline.edit(session.images[0], "make it red", steps=2))
+    second = session.edit("make it blue", seed=4)
+    np.testing.assert_array_equal(second, pipeline.edit(first, "make it blue", steps=2, seed=4))
+    assert session.instructions == ["make it red", "make it blue"] and session.image is second
+    assert session.undo() is first and session.instructions == ["make it red"]
+    session.undo()
+    with pytest.raises(ValueError, match="no edit to take back"):
+        session.undo()
 
 
 @pytest.mark.parametrize(
@@ -123,6 +232,22 @@ def test_images_of_any_kind_are_taken(pipeline, tmp_path):
         (lambda p: p.answer([picture(0), picture(1)], ["a"]), "2 image.s. and 1 question"),
         (lambda p: p.caption("nowhere.png"), "nowhere.png"),
         (lambda p: p.caption(picture(0).astype(np.float32)), "must be uint8"),
+        (lambda p: p.caption(np.zeros((0, 4, 3), np.uint8)), "no pixels"),
+        (lambda p: p.caption(["a.png", 3]), "a.png"),
+        (lambda p: p.caption(Image.new("F", (4, 4), -1.0)), "expected 0 to 65535"),
+        (lambda p: p.generate(["a", 3]), "prompt 1 is a int"),
+        (lambda p: p.generate("a \ud800"), "no Unicode text"),
+        (lambda p: p.generate("a", steps=0), "steps is 0; a whole number from 1 to 1000"),
+        (lambda p: p.generate("a", steps=2.5), "steps is 2.5"),
+        (lambda p: p.generate("a", guidance=float("nan")), "guidance is nan"),
+        (lambda p: p.generate("a", reference_guidance=2.0), "needs reference images"),
+        (lambda p: p.generate("a", size=(16, 16), aspect=1.0), "are both given"),
+        (lambda p: p.generate("a", aspect="wide"), "aspect is 'wide'; expected width over height"),
+        (lambda p: p.generate("a", output="tensor"), "choose 'pil', 'array' or 'latent'"),
+        (lambda p: p.generate("a", protocol="mine"), "protocol 'mine' is unknown; choose one of unialignment"),
+        (lambda p: p.generate("a", seed=[1.5]), "seeds in"),
+        (lambda p: p.answer(picture(0), "red " * 100), "fills the 96 tokens"),
+        (lambda p: p.warm_up(["paint"]), "tasks .'paint'. are unknown"),
     ],
 )
 def test_bad_requests_are_refused(pipeline, call, message):

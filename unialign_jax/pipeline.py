@@ -1,114 +1,47 @@
 """`UniAlignPipeline`: the six tasks on one set of weights, from Python.
 
-The same two jitted programs, one for images and one for text, serve every caller (this class, `launch/sample.py`, the
-image grids of training). They are compiled once per shape and kept by JAX.
+The same compiled programs (`inference/programs.py`) serve every caller: this class, `launch/sample.py`, the image grids
+of training.
 """
 
-import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Unpack
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import tqdm
 from etils import epath
-from PIL import Image, ImageOps
+from jax.sharding import Mesh
+from PIL import Image
 
-from unialign_jax import pretrained
-from unialign_jax.batch import to_unit_range
-from unialign_jax.data import images as image_files
-from unialign_jax.data.samples import Refused
+from unialign_jax import compilation_cache, parallel, pretrained
 from unialign_jax.data.tokenizer import Tokenizer
-from unialign_jax.diffusion import flow_matching, masked_text
-from unialign_jax.models.unialign import check_latent_size
+from unialign_jax.diffusion import flow_matching
+from unialign_jax.inference import inputs, presets, programs
+from unialign_jax.inference.batches import Batches
+from unialign_jax.inference.inputs import ImageLike
+from unialign_jax.inference.options import ImageOptions, Preview, TextOptions
 from unialign_jax.networks import Networks
 
-# What the published sampling scripts use.
-NEGATIVE_PROMPT = (
-    "low quality, blurry, low resolution, backlit, cartoon, animated, deformed, oversaturated, undersaturated, "
-    "out of frame"
-)
-STEPS = 50
-GENERATE_GUIDANCE = 7.0
-EDIT_GUIDANCE = 9.0
-CAPTION_STEPS = 32
-QUESTION = "Q: {} Answer the question using a single word or phrase. A:"
-
-ImageLike = Image.Image | np.ndarray | str
-
-
-@functools.partial(jax.jit, static_argnames=("networks", "size", "steps", "guidance", "interval"))
-def image_program(
-    params, keys, ids, negative_ids, references, reference_mask, *, networks, size, steps, guidance, interval
-):
-    """Keys `[B]`, ids int32 `[B, T]`, negative ids `[T]`, references uint8 `[B, N, H, W, 3]` -> images, uint8."""
-    # Two calls: one row more than the batch could not be split over the devices that the batch is.
-    condition = {"text": networks.encode_text(params, ids)}
-    negative_text = networks.encode_text(params, negative_ids[None])
-    if references is not None:
-        flat = to_unit_range(references.reshape(-1, *references.shape[2:]))
-        latents = networks.encode_images(params, flat)
-        condition["references"] = latents.reshape(*references.shape[:2], *latents.shape[1:])
-        condition["mask"] = reference_mask
-    negative = condition | {"text": jnp.broadcast_to(negative_text, condition["text"].shape)}
-    # Each sample has a key of its own, so its noise does not depend on the batch it sits in.
-    noise = jax.vmap(lambda key: jax.random.normal(key, networks.latent_shape(*size)))(keys)
-
-    def velocity(latents, times, condition):
-        return networks.denoise(
-            params,
-            latents,
-            condition["text"],
-            times,
-            references=condition.get("references"),
-            reference_mask=condition.get("mask"),
-            want_text=False,
-        ).image
-
-    sigmas = flow_matching.euler_sigmas(steps)
-    latents = flow_matching.sample(
-        velocity,
-        noise,
-        condition,
-        sigmas,
-        negative=negative,
-        guidance_scale=guidance,
-        guidance_interval=interval,
-    )
-    pixels = networks.decode_images(params, latents)
-    return jnp.round((jnp.clip(pixels, -1, 1) + 1) * 127.5).astype(jnp.uint8)
-
-
-@functools.partial(jax.jit, static_argnames=("networks", "steps", "fast", "mask_id", "end_id"))
-def text_program(params, keys, images, ids, known, *, networks, steps, fast, mask_id, end_id):
-    """Images uint8 `[B, H, W, 3]`, prompt ids int32 `[B, T]` where `known` -> int32 `[B, T]`, cut at the first end."""
-    latents = networks.encode_images(params, to_unit_range(images))
-    vocabulary = networks.transformer.config.vocab_size
-
-    def logits(ids):
-        states = networks.encode_text(params, ids)
-        return networks.denoise(params, latents, states, jnp.zeros(len(ids)), want_image=False).text_logits
-
-    def uniforms(step):
-        draw = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, step), (ids.shape[1], vocabulary)))
-        return draw(keys)
-
-    if fast:
-        tokens = masked_text.sample_confident(logits, ids, known, num_steps=steps, mask_id=mask_id)
-    else:
-        tokens = masked_text.sample_ancestral(logits, ids, known, uniforms, num_steps=steps, mask_id=mask_id)
-    return masked_text.cut_at_end(tokens, known, end_id)
+TASKS = ("generate", "edit", "perceive", "compose", "caption", "answer")
+_BAR = "{desc}{percentage:3.0f}%|{bar}| {n:.4g}/{total} [{elapsed}, {remaining} left, {rate_fmt}]"
 
 
 class UniAlignPipeline:
-    """Images and text from one model. Every method takes one item or a list, and answers in kind.
+    """Images and texts from one model. Every method takes one item or a list, and answers in kind.
+
+    An item's result depends on the item and its seed alone, up to rounding: not on the batch it sat in, the order, or
+    the number of devices. With several processes all make the same calls.
 
     Attributes:
-      networks, params: the model; `params` holds all networks by name.
+      networks, params: the model; `params` holds its networks by name, split over the mesh as in training.
       tokenizer: of the text encoder.
+      mesh: the devices.
       text_length: T, the number of tokens of every text.
       size: (height, width) in pixels of images where a call gives none.
-      max_batch: most items worked on at once; longer lists are cut up, shorter ones padded to a power of two.
+      shift: of the noise levels, see `flow_matching.euler_sigmas`.
+      batches: the compiled batch sizes.
+      progress: whether calls show a progress bar where they do not say.
     """
 
     def __init__(
@@ -119,66 +52,169 @@ class UniAlignPipeline:
         *,
         text_length: int,
         size: tuple[int, int],
+        shift: float = 3.0,
+        mesh: Mesh | None = None,
         max_batch: int = 8,
+        single_size: bool = False,
+        progress: bool = False,
     ):
-        self.networks, self.params, self.tokenizer = networks, params, tokenizer
-        self.text_length, self.size, self.max_batch = text_length, size, max_batch
+        """See `from_pretrained`.
+
+        Args:
+          networks: the model.
+          params: by name; placed on the mesh if they are not there already.
+          tokenizer, text_length, size, shift, progress: see the class.
+          mesh: see `parallel.make_mesh`; None: that of the parameters, or the first device.
+          max_batch, single_size: most items worked on at once, and whether smaller batches are filled up to it instead
+            of getting smaller programs (powers of two times the parts that the mesh splits a batch into).
+
+        Raises:
+          ValueError: a mesh that does not divide the heads or the batch.
+        """
+        self.mesh = mesh or _mesh_of(params)
+        parallel.check_heads(self.mesh, networks.transformer.config.num_attention_heads)
+        self.batches = Batches(self.mesh, max_batch, single=single_size)
+        boxed = {name: tree for name, tree in networks.abstract().items() if name in pretrained.SAMPLED}
+        shardings = parallel.param_shardings(boxed, self.mesh, check=False)
+        self.params = jax.device_put({name: params[name] for name in shardings}, shardings)
+        self.networks, self.tokenizer = networks, tokenizer
+        self.text_length, self.size, self.shift, self.progress = text_length, size, shift, progress
 
     @classmethod
     def from_pretrained(
-        cls, directory: epath.PathLike, *, dtype: str = "bfloat16", average: bool = True, max_batch: int = 8
+        cls,
+        directory: epath.PathLike,
+        mesh: Mesh | None = None,
+        dtype: str = "bfloat16",
+        *,
+        average: bool = True,
+        max_batch: int = 8,
+        single_size: bool = False,
+        progress: bool = True,
+        compile_cache: epath.PathLike | None = None,
     ) -> "UniAlignPipeline":
-        """Reads a checkpoint of any kind: a run's stage directory, one of its steps, or a converted directory.
+        """Reads a checkpoint of any kind.
 
         Args:
-          directory: local or `gs://`.
+          directory: local or `gs://`: a run's stage directory (its newest step), one of its steps, a converted
+            directory, a public PyTorch pipeline directory (read as it is), or the name of a checkpoint that comes with
+            this package.
+          mesh: where the model goes, split by the plan of training; None: the first device.
           dtype: compute dtype, "bfloat16" or "float32".
           average: of a run, take the moving average of the parameters where there is one.
-          max_batch: see the class.
+          max_batch, single_size: see `__init__`.
+          progress: see the class.
+          compile_cache: directory in which this process keeps compiled programs from now on; None leaves JAX's setting.
 
         Raises:
           FileNotFoundError, ValueError: what is wrong with the directory, and what was expected.
         """
-        model = pretrained.load(directory, dtype=dtype, average=average)
+        if compile_cache is not None:
+            compilation_cache.enable(str(compile_cache))
+        mesh = mesh or _first_device()
+        model = pretrained.load(directory, dtype=dtype, average=average, mesh=mesh)
         return cls(
             model.networks,
             model.params,
             model.tokenizer,
             text_length=model.text_length,
             size=model.size,
+            shift=model.shift,
+            mesh=mesh,
             max_batch=max_batch,
+            single_size=single_size,
+            progress=progress,
         )
 
-    def generate(self, prompt: str | Sequence[str], **options) -> Image.Image | list[Image.Image]:
-        """Text -> image. See `_images` for the options; guidance 7 and 50 steps by default, as published."""
-        return self._images(prompt, None, **{"guidance": GENERATE_GUIDANCE} | options)
+    def generate(self, prompt: str | Sequence[str], **options: Unpack[ImageOptions]) -> Any:
+        """Text -> image. Guidance 7 and 50 steps by default, as published.
+
+        Raises:
+          ValueError: as all methods, for a request that can't be served, before anything is compiled.
+        """
+        return self._images(prompt, None, **options)
 
     def edit(
-        self, image: ImageLike | Sequence[ImageLike], instruction: str | Sequence[str], **options
-    ) -> Image.Image | list[Image.Image]:
+        self, image: ImageLike | Sequence[ImageLike], instruction: str | Sequence[str], **options: Unpack[ImageOptions]
+    ) -> Any:
         """Image and instruction -> image; guidance 9 by default, as published. Perception is an edit by its words."""
-        references = [[item] for item in _as_list(image, instruction, "image", "instruction")]
-        return self._images(instruction, references, **{"guidance": EDIT_GUIDANCE} | options)
+        references = [[item] for item in inputs.as_list(image, instruction, "image", "instruction")]
+        return self._images(instruction, references, **options)
 
     perceive = edit
 
     def compose(
-        self, images: Sequence[ImageLike] | Sequence[Sequence[ImageLike]], prompt: str | Sequence[str], **options
-    ) -> Image.Image | list[Image.Image]:
+        self,
+        images: Sequence[ImageLike] | Sequence[Sequence[ImageLike]],
+        prompt: str | Sequence[str],
+        **options: Unpack[ImageOptions],
+    ) -> Any:
         """One or more reference images and a prompt -> image; a list of lists for a list of prompts."""
         references = [list(images)] if isinstance(prompt, str) else [list(item) for item in images]
-        return self._images(prompt, references, **{"guidance": EDIT_GUIDANCE} | options)
+        return self._images(prompt, references, **options)
 
-    def caption(self, image: ImageLike | Sequence[ImageLike], **options) -> str | list[str]:
-        """Image -> text. See `_texts` for the options."""
+    def caption(self, image: ImageLike | Sequence[ImageLike], **options: Unpack[TextOptions]) -> Any:
+        """Image -> text. 32 steps by default, as published."""
         return self._texts(image, None, **options)
 
     def answer(
-        self, image: ImageLike | Sequence[ImageLike], question: str | Sequence[str], **options
-    ) -> str | list[str]:
-        """Image and question -> a word or phrase, under the published protocol (`QUESTION`)."""
-        _as_list(image, question, "image", "question")
+        self, image: ImageLike | Sequence[ImageLike], question: str | Sequence[str], **options: Unpack[TextOptions]
+    ) -> Any:
+        """Image and question -> a word or phrase, under the published protocol (`presets.Protocol.question`)."""
+        inputs.as_list(image, question, "image", "question")
         return self._texts(image, question, **options)
+
+    def encode_question(self, question: str, protocol: str | presets.Protocol = "unialignment"):
+        """The ids int32 `[T]` of a question in a protocol's words, and where they stand, bool `[T]`.
+
+        Raises:
+          ValueError: it is so long that no room is left for an answer.
+        """
+        preset = presets.protocol(protocol)
+        length = min(self.text_length, preset.answer_length)
+        ids, learned = self.tokenizer.encode_prompted(preset.question.format(question), "", length)
+        if learned.sum() < 2:
+            raise ValueError(
+                f"a question in its protocol's words fills the {length} tokens of a text and leaves no room for an "
+                f"answer; shorten {question[:60]!r}"
+            )
+        return ids, ~learned
+
+    def warm_up(
+        self,
+        tasks: Sequence[str] = TASKS,
+        *,
+        sizes: Sequence[tuple[int, int]] | None = None,
+        batches: Sequence[int] | None = None,
+        references: int = 1,
+    ) -> None:
+        """Compiles what later calls will run, by running it: image tasks for one step, text tasks in full.
+
+        Args:
+          tasks: names in `TASKS`.
+          sizes: of images; None: the model's.
+          batches: numbers of items; None: all compiled sizes.
+          references: images per item of `compose`.
+
+        Raises:
+          ValueError: an unknown task, or a size that can't be.
+        """
+        if unknown := sorted(set(tasks) - set(TASKS)):
+            raise ValueError(f"tasks {unknown} are unknown; choose of {', '.join(TASKS)}")
+        for task in tasks:
+            for size in sizes or [self.size]:
+                for count in batches or self.batches.sizes:
+                    grey, words = np.full((8, 8, 3), 127, np.uint8), [" "] * count
+                    options = {"size": size, "progress": False}
+                    if task == "generate":
+                        self.generate(words, steps=1, **options)
+                    elif task == "caption":
+                        self.caption([grey] * count, **options)
+                    elif task == "answer":
+                        self.answer([grey] * count, words, **options)
+                    else:
+                        room = references if task == "compose" else 1
+                        self.compose([[grey] * room] * count, words, steps=1, **options)
 
     def _images(
         self,
@@ -186,64 +222,79 @@ class UniAlignPipeline:
         references: list[list[ImageLike]] | None,
         *,
         seed: int | Sequence[int] = 0,
-        steps: int = STEPS,
-        guidance: float,
+        steps: int | None = None,
+        guidance: float | None = None,
+        reference_guidance: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
-        negative_prompt: str = NEGATIVE_PROMPT,
+        negative_prompt: str | None = None,
         size: tuple[int, int] | None = None,
-    ) -> Image.Image | list[Image.Image]:
-        """The image tasks.
-
-        Args:
-          prompt: what the image is of, or what to do.
-          references: per item its reference images, or None; fewer than the batch's largest number are masked.
-          seed: one per item, or one from which item i takes seed + i.
-          steps: Euler steps.
-          guidance: classifier-free guidance; 1 is none.
-          guidance_interval: noise levels at which it acts.
-          negative_prompt: what guidance steers away from.
-          size: (height, width) in pixels.
-
-        Raises:
-          ValueError: an empty list, lists of different lengths, a size or seed that cannot be; before any compilation.
-        """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        height, width = self._checked_size(size)
-        seeds = _seeds(seed, len(prompts))
+        aspect: str | float | None = None,
+        output: str = "pil",
+        preview: Preview | None = None,
+        progress: bool | None = None,
+        protocol: str | presets.Protocol = "unialignment",
+        gather: bool = True,
+    ) -> Any:
+        """The image tasks; references per item, or None."""
+        preset = presets.protocol(protocol)
+        prompts = inputs.check_texts([prompt] if isinstance(prompt, str) else list(prompt), "prompt")
         if references is not None and (len(references) != len(prompts) or not all(references)):
             raise ValueError(
                 f"{len(prompts)} prompt(s) came with {[len(r) for r in references]} reference image(s); "
                 "each prompt needs a list of at least one"
             )
-        ids = np.stack([self.tokenizer.encode(text, self.text_length) for text in prompts])
-        negative_ids = self.tokenizer.encode(negative_prompt, self.text_length)
-        pixels = mask = None
+        height, width = inputs.image_size(self.networks, self.size, size, aspect)
+        seeds = inputs.check_seeds(seed, len(prompts))
+        steps = preset.steps if steps is None else steps
+        if guidance is None:
+            guidance = preset.generate_guidance if references is None else preset.edit_guidance
+        inputs.check_number("steps", steps, 1, programs.MAX_STEPS, whole=True)
+        inputs.check_number("guidance", guidance, 0)
+        inputs.check_number("reference_guidance", reference_guidance, 0)
+        if references is None and reference_guidance != 1:
+            raise ValueError(f"reference_guidance {reference_guidance} needs reference images; there are none")
+        if output not in ("pil", "array", "latent"):
+            raise ValueError(f"output is {output!r}; choose 'pil', 'array' or 'latent'")
+        negative = preset.negative_prompt if negative_prompt is None else negative_prompt
+        [negative] = inputs.check_texts([negative], "negative_prompt")
+        negative_ids = self.tokenizer.encode(negative, self.text_length)
+        rows = [seeds, np.stack([self.tokenizer.encode(text, self.text_length) for text in prompts])]
         if references is not None:
-            room = max(map(len, references))
-            pixels = np.zeros((len(prompts), room, height, width, 3), np.uint8)
-            mask = np.zeros((len(prompts), room), bool)
-            for i, images in enumerate(references):
-                for j, image in enumerate(images):
-                    pixels[i, j], mask[i, j] = _pixels(image, height, width), True
+            rows += inputs.reference_pixels(references, height, width)
+        if gather:
+            self.batches.check_same([len(prompts), 0 if references is None else rows[2].shape[1], height, width, steps])
 
-        def run(keys, ids, *pictures):
-            pictures = pictures or (None, None)
-            return image_program(
-                self.params,
-                keys,
-                ids,
-                negative_ids,
-                *pictures,
-                networks=self.networks,
-                size=(height, width),
-                steps=steps,
-                guidance=float(guidance),
-                interval=tuple(guidance_interval),
+        made = programs.image_programs(self.networks, self.mesh)
+        branches = 3 if reference_guidance != 1 else 2 if guidance != 1 else 1
+        scales = np.asarray([reference_guidance, guidance][3 - branches :] if branches > 1 else [], np.float32)
+        sigmas = programs.sigma_table(steps, self.shift)
+        runs = flow_matching.guided_runs(sigmas[: steps + 1], guidance_interval, guided=branches > 1)
+        watched = (self.progress if progress is None else progress) or preview is not None
+
+        def sample(first: int, count: int, bar: tqdm.tqdm, seeds, ids, pictures=None, mask=None) -> jax.Array:
+            latents, conditions = made.begin(
+                self.params, seeds, ids, negative_ids, pictures, mask, (height, width), branches
             )
+            for start, stop, guided in runs:
+                chain, scale = (conditions, scales) if guided else (conditions[-1:], scales[:0])
+                # Nobody looks: the whole run of steps is one program, and nothing is waited for.
+                for now in range(start, stop, 1 if watched else stop - start):
+                    after = now + 1 if watched else stop
+                    before = latents
+                    latents = made.advance(self.params, before, chain, scale, sigmas, now, after)
+                    if watched:
+                        jax.block_until_ready(latents)
+                        bar.update(count / steps)
+                    if preview is not None:
+                        images = made.finish(self.params, made.estimate(before, latents, sigmas, now))
+                        shown = self.batches.fetch(images, count, gather=gather)
+                        preview(after, steps, {first + i: x for i, x in enumerate(shown) if x is not None})
+            return latents if output == "latent" else made.finish(self.params, latents)
 
-        out = self._in_batches(run, seeds, ids, *(() if pixels is None else (pixels, mask)))
-        made = [Image.fromarray(item) for item in out]
-        return made[0] if isinstance(prompt, str) else made
+        out = self._in_batches(sample, rows, "image", progress=progress, gather=gather)
+        if output == "pil":
+            out = [None if item is None else Image.fromarray(item) for item in out]
+        return out[0] if isinstance(prompt, str) else out
 
     def _texts(
         self,
@@ -251,111 +302,82 @@ class UniAlignPipeline:
         question: str | Sequence[str] | None,
         *,
         seed: int | Sequence[int] = 0,
-        steps: int = CAPTION_STEPS,
+        steps: int | None = None,
         fast: bool = False,
         size: tuple[int, int] | None = None,
-    ) -> str | list[str]:
-        """The text tasks.
-
-        Args:
-          image: resized and cropped to `size`.
-          question: None for a caption.
-          seed: as for images.
-          steps: of the ancestral sampler (published: 32 for captions), or of the fast one.
-          fast: confidence-ordered parallel decoding, which takes 8 to 16 steps and is deterministic.
-          size: (height, width) in pixels.
-
-        Raises:
-          ValueError: as for images.
-        """
-        single = _is_image(image)
+        aspect: str | float | None = None,
+        output: str = "text",
+        progress: bool | None = None,
+        protocol: str | presets.Protocol = "unialignment",
+        gather: bool = True,
+    ) -> Any:
+        """The text tasks; no question is a caption."""
+        preset = presets.protocol(protocol)
+        single = inputs.is_image(image)
         images = [image] if single else list(image)
-        height, width = self._checked_size(size)
-        seeds = _seeds(seed, len(images))
-        pixels = np.stack([_pixels(item, height, width) for item in images])
-        if question is None:
-            ids = np.zeros((len(images), self.text_length), np.int32)
-            known = np.zeros(ids.shape, bool)
-        else:
-            questions = [question] if single else list(question)
-            pairs = [self.tokenizer.encode_prompted(QUESTION.format(q), "", self.text_length) for q in questions]
-            ids, known = np.stack([pair[0] for pair in pairs]), ~np.stack([pair[1] for pair in pairs])
-
-        def run(keys, pixels, ids, known):
-            return text_program(
-                self.params,
-                keys,
-                pixels,
-                ids,
-                known,
-                networks=self.networks,
-                steps=steps,
-                fast=fast,
-                mask_id=self.tokenizer.mask_id,
-                end_id=self.tokenizer.end_id,
-            )
-
-        tokens = self._in_batches(run, seeds, pixels, ids, known)
-        texts = [self.tokenizer.decode(row[~prompt]) for row, prompt in zip(tokens, known, strict=True)]
-        return texts[0] if single else texts
-
-    def _in_batches(self, run, seeds: Sequence[int], *arrays: np.ndarray) -> np.ndarray:
-        """Runs a program on slices of at most `max_batch` items, padded by repetition to a power of two."""
-        out = []
-        for start in range(0, len(seeds), self.max_batch):
-            part = [array[start : start + self.max_batch] for array in (np.asarray(seeds, np.uint32), *arrays)]
-            count = len(part[0])
-            padded = 1 << (count - 1).bit_length()
-            part = [np.concatenate([a, np.repeat(a[-1:], padded - count, axis=0)]) for a in part]
-            keys = jax.vmap(jax.random.key)(part[0])
-            out.append(np.asarray(run(keys, *part[1:]))[:count])
-        return np.concatenate(out)
-
-    def _checked_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
-        height, width = size or self.size
-        factor = self.networks.codec.downsample * self.networks.transformer.config.patch_size
-        if min(height, width) < factor or height % factor or width % factor:
-            raise ValueError(
-                f"image size {height}x{width} must be a positive multiple of {factor} pixels on both sides"
-            )
-        check_latent_size(self.networks.transformer.config, *self.networks.latent_shape(height, width)[:2])
-        return height, width
-
-
-def _is_image(value: Any) -> bool:
-    return isinstance(value, str | Image.Image | epath.Path) or (isinstance(value, np.ndarray) and value.ndim <= 3)
-
-
-def _as_list(images: Any, texts: str | Sequence[str], image_name: str, text_name: str) -> list:
-    """The images as a list; one image goes with one text, a list with a list of the same length."""
-    single = _is_image(images)
-    if single != isinstance(texts, str) or (not single and len(images) != len(texts)):
-        count = 1 if single else len(images)
-        raise ValueError(
-            f"{count} {image_name}(s) and {1 if isinstance(texts, str) else len(texts)} {text_name}(s) "
-            "do not go together: give one of each, or two lists of one length"
+        if not images:
+            raise ValueError("there is nothing to do: the list is empty")
+        height, width = inputs.image_size(self.networks, self.size, size, aspect)
+        seeds = inputs.check_seeds(seed, len(images))
+        if steps is None:
+            steps = preset.caption_steps if question is None else preset.answer_steps
+        inputs.check_number("steps", steps, 1, programs.MAX_STEPS, whole=True)
+        if output not in ("text", "array"):
+            raise ValueError(f"output is {output!r}; choose 'text' or 'array'")
+        length = min(self.text_length, preset.caption_length if question is None else preset.answer_length)
+        ids, known = np.zeros((len(images), length), np.int32), np.zeros((len(images), length), bool)
+        if question is not None:
+            questions = inputs.check_texts([question] if single else list(question), "question")
+            for i, text in enumerate(questions):
+                ids[i], known[i] = self.encode_question(text, preset)
+        pictures = np.stack([inputs.pixels(item, height, width) for item in images])
+        if gather:
+            self.batches.check_same([len(images), 0, height, width, steps])
+        program = programs.text_program(
+            self.networks, self.mesh, steps, fast, self.tokenizer.mask_id, self.tokenizer.end_id
         )
-    return [images] if single else list(images)
+
+        def sample(first: int, count: int, bar: tqdm.tqdm, seeds, pictures, ids, known) -> jax.Array:
+            tokens = program(self.params, seeds, pictures, ids, known)
+            if not bar.disable:
+                jax.block_until_ready(tokens)
+                bar.update(count)
+            return tokens
+
+        rows = [seeds, pictures, ids, known]
+        out = self._in_batches(sample, rows, "text", progress=progress, gather=gather)
+        if output == "text":
+            out = [
+                None if row is None else self.tokenizer.decode(row[~prompt])
+                for row, prompt in zip(out, known, strict=True)
+            ]
+        return out[0] if single else out
+
+    def _in_batches(
+        self, sample: Callable, rows: Sequence[np.ndarray], unit: str, *, progress: bool | None, gather: bool
+    ) -> list[np.ndarray | None]:
+        """Runs `sample(first item, items, bar, *placed rows)` on the batches of a request; the rows of its results."""
+        count, out = len(rows[0]), []
+        shown = self.progress if progress is None else progress
+        with tqdm.tqdm(total=count, unit=unit, disable=not shown, bar_format=_BAR) as bar, jax.set_mesh(self.mesh):
+            for start, stop, size in self.batches.cut(count):
+                placed = [self.batches.place(array[start:stop], size) for array in rows]
+                out.append((sample(start, stop - start, bar, *placed), stop - start))
+                # A batch is fetched when the next one is on its way, so that the devices never wait.
+                if len(out) > 1:
+                    out[-2] = self.batches.fetch(*out[-2], gather=gather)
+            out[-1] = self.batches.fetch(*out[-1], gather=gather)
+        return [row for part in out for row in part]
 
 
-def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
-    seeds = [seed + i for i in range(count)] if isinstance(seed, int | np.integer) else list(seed)
-    if not count:
-        raise ValueError("there is nothing to do: the list is empty")
-    if len(seeds) != count or not all(0 <= s < 2**32 for s in seeds):
-        raise ValueError(f"{count} item(s) need as many seeds in [0, 2**32), not {seeds[:5]} ({len(seeds)})")
-    return seeds
+def _first_device() -> Mesh:
+    return parallel.make_mesh("data", jax.local_devices()[:1])
 
 
-def _pixels(image: ImageLike, height: int, width: int) -> np.ndarray:
-    """A path, a PIL image of any mode, or uint8 `[H, W, 3]` -> uint8 `[height, width, 3]`."""
-    if isinstance(image, str | epath.Path):
-        try:
-            return image_files.load(str(image), height, width)
-        except Refused as refused:
-            raise ValueError(f"image {refused}") from refused
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-            raise ValueError(f"an image array must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
-        image = Image.fromarray(image)
-    return image_files.fit(image_files.to_rgb(ImageOps.exif_transpose(image)), height, width)
+def _mesh_of(params: Any) -> Mesh:
+    """The mesh that parameters are on; arrays without one go to the first device."""
+    for leaf in jax.tree.leaves(params):
+        mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
+        if isinstance(mesh, Mesh):
+            return mesh
+    return _first_device()

@@ -1,4 +1,4 @@
-"""Models from directories: a run's stage, one of its steps, or a converted directory, all read the same way."""
+"""Models from directories: a run's stage, one of its steps, a converted or a public one, all read the same way."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,18 +8,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from etils import epath
+from jax.sharding import Mesh
 
-from unialign_jax import agreement, storage
+from unialign_jax import agreement, parallel, storage
 from unialign_jax.checkpoints import Checkpoints, saved_steps
-from unialign_jax.convert import ConversionError, store
+from unialign_jax.convert import ConversionError, open_pipeline, store
 from unialign_jax.data.tokenizer import Tokenizer
 from unialign_jax.networks import Networks, build_networks
 from unialign_jax.tree_checks import describe_differences, flat_leaves
+from unialign_jax.tuning import Tuning
 
 # The published length of all texts, and the side of its images: what a converted directory is sampled with.
 PUBLISHED_TEXT_LENGTH = 256
 PUBLISHED_IMAGE_SIZE = 512
+PUBLISHED_SHIFT = 3.0  # of the noise levels of a run's samples, and of its export
 SAMPLED = ("transformer", "text_encoder", "autoencoder")
+_SHIPPED = epath.Path(__file__).parent / "checkpoints_shipped"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Model:
       tokenizer: of the text encoder.
       text_length: number of tokens of every text.
       size: (height, width) in pixels that it was trained on.
+      shift: of the noise levels, see `flow_matching.euler_sigmas`.
       description: config fields of the networks by name, as `networks.build_networks` takes them.
       tokenizer_directory: where the tokenizer's files are.
     """
@@ -41,30 +46,41 @@ class Model:
     tokenizer: Tokenizer
     text_length: int
     size: tuple[int, int]
+    shift: float
     description: Mapping[str, Any]
     tokenizer_directory: epath.Path
 
 
 def load(
-    directory: epath.PathLike, *, dtype: str = "bfloat16", param_dtype: str | None = None, average: bool = True
+    directory: epath.PathLike,
+    *,
+    dtype: str = "bfloat16",
+    param_dtype: str | None = None,
+    average: bool = True,
+    mesh: Mesh | None = None,
 ) -> Model:
     """Reads a model.
 
     Args:
-      directory: local or `gs://`: a run's stage directory (its newest step), `.../checkpoints/STEP` of one, or a
-        directory written by `launch/convert.py --to=jax`.
+      directory: local or `gs://`: a run's stage directory (its newest step), `.../checkpoints/STEP` of one, a
+        directory written by `launch/convert.py --to=jax`, a local public PyTorch pipeline directory, or the name of a
+        checkpoint that comes with the package (`shipped`).
       dtype: compute dtype, "bfloat16" or "float32".
       param_dtype: dtype of the parameters; None: the compute dtype (what sampling needs).
       average: of a run, take the moving average of the parameters where one was kept.
+      mesh: where the parameters go, split by the plan of training; None: whole on the first device.
 
     Raises:
       FileNotFoundError: nothing of the kind is there; the message says what was looked for.
       ValueError: it is damaged, or of another format.
     """
-    path = locate(directory)
     param_dtype = jnp.dtype(param_dtype or dtype)
-    load_from = _load_converted if store.is_converted(path) else _load_step
-    return load_from(path, dtype, param_dtype, average)
+    if (epath.Path(directory) / "transformer" / "config.json").exists():
+        return _load_public(epath.Path(directory), dtype, param_dtype, mesh)
+    path = locate(directory)
+    if store.is_converted(path):
+        return _load_converted(path, dtype, param_dtype, mesh)
+    return _load_step(path, dtype, param_dtype, average, mesh)
 
 
 def locate(directory: epath.PathLike) -> epath.Path:
@@ -76,7 +92,10 @@ def locate(directory: epath.PathLike) -> epath.Path:
     Raises:
       FileNotFoundError: nothing of the kind is there; the message says what was looked for.
     """
-    return epath.Path(agreement.primary(lambda: str(_locate(storage.absolute(directory))), FileNotFoundError))
+    path = storage.absolute(directory)
+    if str(directory) in shipped() and not path.exists():
+        return _SHIPPED / str(directory)
+    return epath.Path(agreement.primary(lambda: str(_locate(path)), FileNotFoundError))
 
 
 def _locate(path: epath.Path) -> epath.Path:
@@ -93,9 +112,15 @@ def _locate(path: epath.Path) -> epath.Path:
     if stages:
         raise FileNotFoundError(f"{path} holds several stages of a run; name one: {', '.join(stages)}")
     raise FileNotFoundError(
-        f"{path} is no checkpoint: expected a run's stage directory (with checkpoints/), a step in it, or a converted "
-        f"directory (with {store.MODEL_FILE})"
+        f"{path} is no checkpoint: expected a run's stage directory (with checkpoints/), a step in it, a converted "
+        f"directory (with {store.MODEL_FILE}), a public pipeline directory (with transformer/), or the name of a "
+        f"shipped checkpoint, of which this package has {', '.join(shipped()) or 'none'}"
     )
+
+
+def shipped() -> list[str]:
+    """Names of the checkpoints that come with the package, converted directories in its data."""
+    return sorted(path.parent.name for path in _SHIPPED.glob(f"*/{store.MODEL_FILE}"))
 
 
 def tokenizer_directory(place: epath.Path) -> epath.Path:
@@ -155,54 +180,95 @@ def _converted_params(path: epath.Path, abstract: Mapping[str, Any], shardings: 
 
 
 def _step_params(path: epath.Path, abstract: Mapping[str, Any], average: bool) -> dict[str, Any]:
-    """Networks of one step of a run: the trained ones from the checkpoint, the others from where the run had them."""
+    """Networks of one step of a run: what it trained from the checkpoint, the rest from where the run had it."""
     step = int(path.name)
     with Checkpoints(path.parent, read_only=True) as checkpoints:
         meta = checkpoints.meta(step)
         config = meta["config"]
+        tuning = Tuning.of(config)
         which = "ema" if average and config["optimizer"]["ema_rate"] > 0 else "params"
-        trained = {name: tree for name, tree in abstract.items() if name in config["trained"]}
+        trained = tuning.trained_of(abstract)
         params = checkpoints.restore_params(trained, which=which, step=step) if trained else {}
-    rest = {name: tree for name, tree in abstract.items() if name not in trained}
+    frozen = tuning.frozen_of(abstract)
+    rest = {name: abstract[name] for name, tree in frozen.items() if jax.tree.leaves(tree)}
     if rest:
         networks = build_networks(config["model"])
         saved = {name: tree for name, tree in nn.unbox(networks.abstract()).items() if name in rest}
         if differences := describe_differences(flat_leaves(saved), flat_leaves(rest)):
             raise ValueError(f"{path}: its frozen networks are not the config's: {differences}")
         init_key, _ = jax.random.split(jax.random.key(config["seed"]))
-        params |= initial_params(networks, init_key, rest, meta["init"], average=config["init_average"])
-    return params
+        start = start_of(meta, path.parent.parent)
+        frozen |= tuning.frozen_of(initial_params(networks, init_key, rest, start, average=config["init_average"]))
+    return tuning.merge(frozen, params)
 
 
-def _load_converted(path: epath.Path, dtype: str, param_dtype: Any, _: bool) -> Model:
-    description = store.read_config(path)
-    networks = build_networks(dict(description) | {"teacher": None}, dtype=dtype)
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    params = {
-        name: store.restore_network(path, name, dtype=param_dtype, shardings=sharding)
-        for name in SAMPLED
-        if description.get(name)
-    }
-    params.setdefault("autoencoder", {})
-    limit = PUBLISHED_IMAGE_SIZE
-    side = min(limit, networks.transformer.config.sample_size * networks.codec.downsample)
-    return Model(
-        networks=networks,
-        params=params,
-        tokenizer=Tokenizer.load(tokenizer_directory(path)),
-        text_length=PUBLISHED_TEXT_LENGTH,
-        size=(side, side),
-        description=description,
-        tokenizer_directory=tokenizer_directory(path),
+def start_of(meta: Mapping[str, Any], stage_directory: epath.Path) -> str | None:
+    """What a run started from, by the record in its checkpoints: an exact place, or None.
+
+    A stage of the same working directory is recorded relative to it, so that the working directory can be moved.
+    """
+    recorded = meta["init"]
+    return str(stage_directory.parent / recorded[3:]) if recorded and recorded.startswith("../") else recorded
+
+
+def record_of(start: str | None, stage_directory: epath.Path) -> str | None:
+    """The record that `start_of` reads."""
+    workdir = f"{stage_directory.parent}/"
+    return f"../{start.removeprefix(workdir)}" if start and start.startswith(workdir) else start
+
+
+def _placed(networks: Networks, dtype: Any, mesh: Mesh | None) -> dict[str, Any]:
+    """The networks in `SAMPLED` as trees of `jax.ShapeDtypeStruct` that say where each array goes."""
+    boxed = {name: tree for name, tree in networks.abstract().items() if name in SAMPLED}
+    if mesh is None:
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: here, nn.unbox(boxed))
+    else:
+        shardings = parallel.param_shardings(boxed, mesh, check=False)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding), nn.unbox(boxed), shardings
     )
 
 
-def _load_step(path: epath.Path, dtype: str, param_dtype: Any, average: bool) -> Model:
+def _load_converted(path: epath.Path, dtype: str, param_dtype: Any, mesh: Mesh | None) -> Model:
+    description = store.read_config(path)
+    networks = build_networks(dict(description) | {"teacher": None}, dtype=dtype)
+    params = {}
+    for name, tree in _placed(networks, param_dtype, mesh).items():
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, tree)
+        params[name] = store.restore_network(path, name, dtype=param_dtype, shardings=shardings) if tree else {}
+    return _published(networks, params, description, tokenizer_directory(path))
+
+
+def _load_public(path: epath.Path, dtype: str, param_dtype: Any, mesh: Mesh | None) -> Model:
+    pipeline = open_pipeline(path)
+    if pipeline.tokenizer is None:
+        raise FileNotFoundError(f"{path} holds no tokenizer; copy the whole pipeline directory")
+    networks = build_networks(dict(pipeline.model) | {"teacher": None}, dtype=dtype)
+    wanted = _placed(networks, param_dtype, mesh)
+    params = {name: pipeline.read(name, tree) if tree else {} for name, tree in wanted.items()}
+    return _published(networks, params, pipeline.model, epath.Path(pipeline.tokenizer))
+
+
+def _published(networks: Networks, params: Any, description: Mapping[str, Any], tokenizer: epath.Path) -> Model:
+    side = min(PUBLISHED_IMAGE_SIZE, networks.transformer.config.sample_size * networks.codec.downsample)
+    return Model(
+        networks=networks,
+        params=params,
+        tokenizer=Tokenizer.load(tokenizer),
+        text_length=PUBLISHED_TEXT_LENGTH,
+        size=(side, side),
+        shift=description["scheduler"]["shift"],
+        description=description,
+        tokenizer_directory=tokenizer,
+    )
+
+
+def _load_step(path: epath.Path, dtype: str, param_dtype: Any, average: bool, mesh: Mesh | None) -> Model:
     with Checkpoints(path.parent, read_only=True) as checkpoints:
         config = checkpoints.meta(int(path.name))["config"]
     networks = build_networks(config["model"] | {"teacher": None}, dtype=dtype)
-    abstract = {name: tree for name, tree in nn.unbox(networks.abstract()).items() if name in SAMPLED}
-    params = _step_params(path, abstract, average)
+    params = _step_params(path, _placed(networks, jnp.float32, mesh), average)
     data = config["data"]
     return Model(
         networks=networks,
@@ -210,6 +276,7 @@ def _load_step(path: epath.Path, dtype: str, param_dtype: Any, average: bool) ->
         tokenizer=Tokenizer.load(tokenizer_directory(path)),
         text_length=data["text_length"],
         size=(data["height"], data["width"]),
+        shift=PUBLISHED_SHIFT,
         description=config["model"],
         tokenizer_directory=tokenizer_directory(path),
     )

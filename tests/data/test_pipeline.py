@@ -4,12 +4,10 @@ import collections
 import itertools
 import json
 import multiprocessing
-import pathlib
 import re
 
 import numpy as np
 import pytest
-from absl import flags
 from PIL import Image
 
 from unialign_jax.data.pipeline import DataConfig, SourceConfig, make_batches, merge_states
@@ -62,11 +60,6 @@ def corpus(tmp_path):
         return write(tmp_path, name, rows)
 
     return build
-
-
-@pytest.fixture(autouse=True)
-def parsed_flags():
-    flags.FLAGS.mark_as_parsed()
 
 
 def config(*files, batch=4, **options):
@@ -415,69 +408,3 @@ def test_configurations_that_make_no_batches(corpus):
     for slots in (range(0), range(2, 5), range(-1, 2), range(4, 6)):
         with pytest.raises(ValueError, match=f"slots is {re.escape(str(tuple(slots)))}, expected a part"):
             make_batches(config(path), Bytes(), slots=slots)
-
-
-def spoil_text(rng, line):
-    """A line with one accident: bytes changed, lost or doubled; a value of another type; a key lost."""
-    kind = rng.integers(4)
-    if kind == 0:
-        data = bytearray(line)
-        for _ in range(rng.integers(1, 4)):
-            data[rng.integers(len(data))] = rng.choice([c for c in range(256) if c not in b"\r\n"])
-        return bytes(data)
-    if kind == 1:
-        start, end = np.sort(rng.integers(0, len(line), 2))
-        return line[:start] + line[end:] if rng.integers(2) else line[:end] + line[start:]
-    row = json.loads(line)
-    key = str(rng.choice(list(row)))
-    if kind == 2:
-        del row[key]
-    else:
-        row[key] = [None, 3, "", [], {}, [[]], "\ud800", [""], ["\0"], [{"value": ""}]][rng.integers(10)]
-    return json.dumps(row).encode()
-
-
-def spoil_image(rng, data):
-    data = bytearray(data)
-    if rng.integers(2):
-        return bytes(data[: rng.integers(len(data))])
-    for _ in range(rng.integers(1, 12)):
-        data[rng.integers(len(data))] = rng.integers(256)
-    return bytes(data)
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-def test_accidents_of_every_kind_never_escape_and_cost_no_good_row(tmp_path):
-    """A third of the rows is spoilt at random. Each of them is used or named; every good one comes once in the pass."""
-    rng = np.random.default_rng(0)
-    count, lines, spoilt = 400, [], set()
-    for i in range(count):
-        name = f"{i}.{['png', 'jpg', 'gif', 'webp', 'tif', 'bmp'][i % 6]}"
-        image = Image.fromarray(rng.integers(0, 256, (12, 9, 3), dtype=np.uint8))
-        image.save(tmp_path / name)
-        row = {"image": [name], "conversations": turns(f"{i}")}
-        if i % 4 == 1:
-            row |= {"image": [name, name], "instruction": "x"}
-        line = json.dumps(row).encode()
-        if rng.random() < 1 / 3:
-            spoilt.add(i)
-            if rng.integers(2):
-                line = spoil_text(rng, line) or b"?"
-            else:
-                (tmp_path / name).write_bytes(spoil_image(rng, (tmp_path / name).read_bytes()))
-        lines.append(line)
-    path = pathlib.Path(tmp_path / "rows.jsonl")
-    path.write_bytes(b"\n".join(lines))
-    with make_batches(config(SourceConfig(str(path), references=1), batch=1, refused_share=0.9), Bytes()) as batches:
-        seen = collections.Counter()
-        while True:
-            batch = next(batches)
-            (report,) = batches.reports
-            if report.read > count:
-                break
-            seen[tuple(batch["caption_ids"][0].tolist())] += 1
-    good = {tuple(Bytes().encode(str(i), 6).tolist()) for i in set(range(count)) - spoilt}
-    assert all(seen[ids] >= 1 for ids in good)
-    assert seen.total() + len(report.named) >= count
-    assert set(report.named) <= spoilt
-    assert len(report.refused) >= 8 and len(report.named) > len(spoilt) / 2

@@ -29,8 +29,8 @@ def test_sampler_matches_recorded(name, case, transformer):
         recorded["init_latents"],
         condition,
         sigmas,
-        negative={**condition, "text": recorded["negative_text"]},
-        guidance_scale=float(recorded["guidance_scale"]),
+        weaker=[{**condition, "text": recorded["negative_text"]}],
+        scales=[float(recorded["guidance_scale"])],
     )
     np.testing.assert_allclose(latents, recorded["latents"], atol=1e-3, rtol=0)
 
@@ -83,23 +83,53 @@ def test_guidance_acts_inside_its_interval_only_and_costs_the_stated_evaluations
         return jnp.broadcast_to(condition, latents.shape)
 
     sigmas = np.linspace(1, 0, 11).astype(np.float32)
-    run = functools.partial(
-        flow_matching.sample, velocity, jnp.zeros((3, 1)), jnp.ones((3, 1)), sigmas, negative=jnp.zeros((3, 1))
-    )
-    np.testing.assert_allclose(run(guidance_scale=4.0), -4.0, rtol=1e-5)
+    run = functools.partial(flow_matching.sample, velocity, jnp.zeros((3, 1)), jnp.ones((3, 1)), sigmas)
+    guided = {"weaker": [jnp.zeros((3, 1))], "scales": [4.0]}
+    np.testing.assert_allclose(run(**guided), -4.0, rtol=1e-5)
     assert sizes == [6]  # one traced body, doubled batch
     sizes.clear()
     # Steps starting at 0.7, 0.6, 0.5, 0.4 are guided: four tenths of the path at speed 4, the rest at speed 1.
-    np.testing.assert_allclose(run(guidance_scale=4.0, guidance_interval=(0.35, 0.75)), -(1.6 + 0.6), rtol=1e-5)
+    np.testing.assert_allclose(run(**guided, guidance_interval=(0.35, 0.75)), -(1.6 + 0.6), rtol=1e-5)
     assert sizes == [3, 6, 3]
     sizes.clear()
-    np.testing.assert_allclose(run(guidance_scale=1.0), -1.0, rtol=1e-5)
+    np.testing.assert_allclose(run(), -1.0, rtol=1e-5)
     assert sizes == [3]
 
 
-def test_guidance_without_a_negative_is_refused():
-    with pytest.raises(ValueError, match="guidance_scale 7.0 needs the negative"):
-        flow_matching.sample(straight, jnp.zeros((1, 1)), jnp.zeros((1, 1)), np.ones(2), guidance_scale=7.0)
+def test_two_scales_are_those_of_instruct_pix2pix():
+    """Speeds 1, 3 and 7 for nothing, the references alone, and both: 1 + s_I (3 - 1) + s_T (7 - 3)."""
+    conditions = [jnp.full((2, 1), speed) for speed in (1.0, 3.0, 7.0)]
+
+    def velocity(latents, time, condition):
+        return jnp.broadcast_to(condition, latents.shape)
+
+    sigmas = np.linspace(1, 0, 4).astype(np.float32)
+    run = functools.partial(flow_matching.sample, velocity, jnp.zeros((2, 1)), conditions[2], sigmas)
+    np.testing.assert_allclose(run(weaker=conditions[:2], scales=[1.5, 7.5]), -(1 + 1.5 * 2 + 7.5 * 4), rtol=1e-5)
+    # A reference scale of 1 is the single guidance, from the references alone.
+    single = run(weaker=conditions[1:2], scales=[7.5])
+    np.testing.assert_allclose(run(weaker=conditions[:2], scales=[1.0, 7.5]), single, rtol=1e-5)
+
+
+def test_one_compiled_program_serves_any_number_of_steps():
+    traces = []
+
+    @jax.jit
+    def steps(latents, sigmas, start, stop):
+        traces.append(1)
+        return flow_matching.euler(lambda x, time: straight(x, time, 2.0), latents, sigmas, start, stop)
+
+    sigmas = np.pad(flow_matching.euler_sigmas(6), (0, 3))
+    noise = jax.random.normal(jax.random.key(0), (3, 1))
+    whole = steps(noise, sigmas, 0, 6)
+    np.testing.assert_allclose(steps(steps(noise, sigmas, 0, 2), sigmas, 2, 6), whole, atol=1e-6)
+    np.testing.assert_allclose(whole, 2.0, atol=1e-5)
+    assert len(traces) == 1
+
+
+def test_scales_without_a_weaker_condition_are_refused():
+    with pytest.raises(ValueError, match="1 guidance scale.s. for 0 weaker"):
+        flow_matching.sample(straight, jnp.zeros((1, 1)), jnp.zeros((1, 1)), np.ones(2), scales=[7.0])
 
 
 @pytest.mark.parametrize(("steps", "shift"), [(0, 3.0), (5, 0.0)])

@@ -2,7 +2,7 @@
 
 from unialign_jax.convert.errors import ConversionError
 from unialign_jax.convert.exporter import to_torch, write_torch
-from unialign_jax.convert.importer import Report, to_jax
+from unialign_jax.convert.importer import Report, open_pipeline, to_jax
 from unialign_jax.convert.load import load_torch
 from unialign_jax.convert.store import is_converted, read_config, restore_network
 
@@ -11,6 +11,7 @@ __all__ = [
     "Report",
     "is_converted",
     "load_torch",
+    "open_pipeline",
     "read_config",
     "restore_network",
     "to_jax",

@@ -6,7 +6,9 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
+from flax import traverse_util
 from tokenizers import Tokenizer
 
 from unialign_jax.convert import configs, names, sources, store, workspace
@@ -92,6 +94,56 @@ def to_jax(
     report = Report(target, sizes, transformer.initialised, transformer.dropped)
     _LOGGER.info("%s", report)
     return report
+
+
+@dataclasses.dataclass(frozen=True)
+class PublicPipeline:
+    """A public pipeline directory, opened; nothing of its tensors is read yet.
+
+    Attributes:
+      model: config fields of the networks by name, as `networks.build_networks` takes them.
+      tokenizer: directory of the text encoder's, or None.
+    """
+
+    model: dict[str, Any]
+    tokenizer: pathlib.Path | None
+    _components: dict[str, Component]
+
+    def read(self, network: str, abstract: Any) -> dict[str, Any]:
+        """A network's parameters as jax arrays, read leaf by leaf: each host keeps its own parts of one at a time.
+
+        Args:
+          network: one of the model.
+          abstract: tree of `jax.ShapeDtypeStruct` with the wanted dtypes and shardings.
+        """
+        component = self._components[network]
+        wanted = traverse_util.flatten_dict(abstract, sep="/")
+        leaves = {}
+        for row in component.rows:
+            parts = [read_part(row, component.tensors[name]) for name in row.names]
+            like = wanted[row.path]
+            value = (np.stack(parts) if row.layers else parts[0]).astype(like.dtype, copy=False)
+            leaves[row.path] = jax.make_array_from_callback(value.shape, like.sharding, lambda index, x=value: x[index])
+        return traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def open_pipeline(source: str | pathlib.Path) -> PublicPipeline:
+    """Opens a public pipeline directory, as `to_jax` does, without writing anything.
+
+    Raises:
+      ConversionError: see `to_jax`. Also for SD3 and D-DiT directories that lack tensors: a model can't be sampled with
+        parts that were drawn.
+    """
+    source = pathlib.Path(source)
+    folders = _Folders.find(source, None)
+    components = _open(folders, None, 0)
+    sources.raise_problems(list(components.values()))
+    if initialised := [n for n in components["transformer"].initialised if "siglip_adapter" not in n]:
+        raise ConversionError(
+            f"{source} lacks {len(initialised)} tensors of the network, such as {initialised[0]}: training starts from "
+            "it (launch/convert.py --to=jax prepares it), but it is no model to sample from"
+        )
+    return PublicPipeline(_model(folders, components), folders.tokenizer, components)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,11 +43,21 @@ def load(source: str | bytes, height: int, width: int) -> np.ndarray:
     Raises:
       Refused: see those; the detail names the file.
     """
-    data = read(source) if isinstance(source, str) else source
-    try:
+    data = _bytes(source)
+    with _named(source):
         return fit(decode(data), height, width)
-    except Refused as refused:
-        raise _naming(source, refused) from refused.__cause__
+
+
+def checked(source: str | bytes) -> bytes:
+    """The bytes of an image file that `decode` can use.
+
+    Raises:
+      Refused: see `read` and `decode`; the detail names the file.
+    """
+    data = _bytes(source)
+    with _named(source):
+        decode(data)
+    return data
 
 
 def upright_size(source: str | bytes) -> tuple[int, int]:
@@ -56,19 +66,12 @@ def upright_size(source: str | bytes) -> tuple[int, int]:
     Raises:
       Refused: there is no such file, or it does not begin like an image.
     """
-    try:
-        with io.BytesIO(source) if isinstance(source, bytes) else _open(source) as file:
-            image = _header(file)
-            width, height = image.size
-            # Pillow reads a PNG to its end in search of an orientation that is not in its header.
-            turned = image.format != "PNG" and _orientation(image) >= 5
-    except Refused as refused:
-        raise _naming(source, refused) from refused.__cause__
+    with io.BytesIO(source) if isinstance(source, bytes) else _open(source) as file, _named(source):
+        image = _header(file)
+        width, height = image.size
+        # Pillow reads a PNG to its end in search of an orientation that is not in its header.
+        turned = image.format != "PNG" and _orientation(image) >= 5
     return (width, height) if turned else (height, width)
-
-
-def _naming(source: str | bytes, refused: Refused) -> Refused:
-    return Refused(refused.cause, f"{source!r}: {refused.detail}") if isinstance(source, str) else refused
 
 
 def read(path: str) -> bytes:
@@ -147,6 +150,21 @@ def fit(image: Image.Image, height: int, width: int) -> np.ndarray:
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
 
 
+def _bytes(source: str | bytes) -> bytes:
+    return read(source) if isinstance(source, str) else source
+
+
+@contextlib.contextmanager
+def _named(source: str | bytes) -> Iterator[None]:
+    """Puts the path, where there is one, before what is said of the file's content."""
+    try:
+        yield
+    except Refused as refused:
+        if isinstance(source, bytes):
+            raise
+        raise Refused(refused.cause, f"{source!r}: {refused.detail}") from refused.__cause__
+
+
 def _header(file: IO[bytes]) -> Image.Image:
     """What Pillow makes of the beginning of a file, with nothing decoded."""
     start = file.read(_LONGEST_SIGNATURE)
@@ -185,7 +203,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if transparent:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def _deep_to_rgb(image: Image.Image) -> Image.Image:

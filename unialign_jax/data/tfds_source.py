@@ -74,7 +74,7 @@ class TfdsSource:
         needed = {"target"} if task else {"target", "task"}
         if missing := needed - self._fields.keys():
             raise CorpusError(
-                f"{self.path}: no feature {min(missing)!r}; the dataset has {', '.join(info.features)}. "
+                f"{self.path}: no feature {min(missing)!r}; the dataset has {', '.join(sorted(info.features))}. "
                 "Name them with fields, and the task with task"
             )
 
@@ -150,6 +150,6 @@ def _feature(features: Any, name: str, path: str) -> Any:
     for part in name.split("/"):
         features = getattr(features, "feature", features)  # a sequence's elements
         if not hasattr(features, "keys") or part not in features.keys():
-            raise CorpusError(f"{path}: no feature {name!r}; the dataset has {', '.join(features)}")
+            raise CorpusError(f"{path}: no feature {name!r}; the dataset has {', '.join(sorted(features))}")
         features = features[part]
     return features

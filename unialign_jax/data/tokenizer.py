@@ -8,13 +8,13 @@ library alone.
 import collections
 import json
 import math
-import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Self
 
 import numpy as np
 import tokenizers
 from absl import logging
+from etils import epath
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 PAD, END, UNKNOWN, MASK = "<pad>", "</s>", "<unk>", "<extra_id_0>"
@@ -43,42 +43,42 @@ class PlainTokenizer:
         self._warned = False
 
     @classmethod
-    def load(cls, directory: str | pathlib.Path) -> Self:
-        """Reads `tokenizer.json`, and `tokenizer_config.json` where there is one, from a directory.
+    def load(cls, directory: epath.PathLike) -> Self:
+        """Reads `tokenizer.json`, and `tokenizer_config.json` where there is one, from a directory, local or `gs://`.
 
         Raises:
           FileNotFoundError: if there is no `tokenizer.json`.
           ValueError: if a file cannot be read, or a token that this class needs is missing.
         """
-        directory = pathlib.Path(directory)
+        directory = epath.Path(directory)
         path, config_path = directory / TOKENIZER_FILE, directory / CONFIG_FILE
-        if not path.is_file():
-            found = " (only spiece.model)" if (directory / "spiece.model").is_file() else ""
+        if not path.exists():
+            found = " (only spiece.model)" if (directory / "spiece.model").exists() else ""
             raise FileNotFoundError(
                 f"{directory} has no {TOKENIZER_FILE}{found}; write one with the transformers library: "
                 f"AutoTokenizer.from_pretrained({str(directory)!r}).save_pretrained({str(directory)!r})"
             )
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
+            backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
         except Exception as error:  # the library raises nothing more specific
             raise ValueError(f"{path} is not a tokenizer of the tokenizers library: {error}") from error
         config = {}
-        if config_path.is_file():
+        if config_path.exists():
             try:
-                config = json.loads(config_path.read_text(encoding="utf-8"))
+                config = json.loads(config_path.read_bytes())
             except ValueError as error:
                 raise ValueError(f"{config_path} is not JSON: {error}") from error
             if not isinstance(config, dict):
                 raise ValueError(f"{config_path} holds a {type(config).__name__}; a JSON object was expected")
         return cls(backend, config, str(directory))
 
-    def save(self, directory: str | pathlib.Path) -> None:
+    def save(self, directory: epath.PathLike) -> None:
         """Writes the two files that `load` reads, and that transformers' `from_pretrained` reads too."""
-        directory = pathlib.Path(directory)
+        directory = epath.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        self._backend.save(str(directory / TOKENIZER_FILE))
+        (directory / TOKENIZER_FILE).write_bytes(self._backend.to_str(pretty=True).encode())
         text = json.dumps(self._config, indent=2, ensure_ascii=False) + "\n"
-        (directory / CONFIG_FILE).write_text(text, encoding="utf-8")
+        (directory / CONFIG_FILE).write_bytes(text.encode())
 
     @property
     def vocab_size(self) -> int:

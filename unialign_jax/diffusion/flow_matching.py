@@ -4,7 +4,7 @@ x_sigma = (1 - sigma) x0 + sigma noise, velocity = noise - x0 (SD3, arXiv 2403.0
 pass). Times are t = 1000 sigma.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 NUM_TRAIN_TIMES = 1000
+LOSS_SPACES = ("x0", "velocity")
 
 Velocity = Callable[[jax.Array, jax.Array, Any], jax.Array]
 
@@ -26,6 +27,11 @@ def noise_levels(u: jax.Array) -> jax.Array:
     """Draws `u` in (0, 1) -> sigma in {1/1000 .. 1}, float32: the training times are the 1000 discrete ones."""
     index = jnp.clip(jnp.floor(u * NUM_TRAIN_TIMES), 0, NUM_TRAIN_TIMES - 1)
     return (NUM_TRAIN_TIMES - index) / NUM_TRAIN_TIMES
+
+
+def shift_levels(sigma: Any, shift: float) -> Any:
+    """Noise levels moved toward noise, `shift sigma / (1 + (shift - 1) sigma)` (SD3 section 5.3.2); 1 moves nothing."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def _per_sample(sigma: jax.Array, like: jax.Array) -> jax.Array:
@@ -43,9 +49,19 @@ def clean_estimate(noisy: jax.Array, velocity: jax.Array, sigma: jax.Array) -> j
     return noisy - _per_sample(sigma, noisy) * velocity
 
 
-def loss(velocity: jax.Array, noisy: jax.Array, clean: jax.Array, sigma: jax.Array) -> jax.Array:
-    """Mean squared error of the x0 estimate (the published objective; weight 1 at every time): a float32 scalar."""
+def loss(velocity: jax.Array, noisy: jax.Array, clean: jax.Array, sigma: jax.Array, *, space: str = "x0") -> jax.Array:
+    """Mean squared error of the estimate, a float32 scalar.
+
+    Args:
+      velocity: predicted, `[B, ...]`.
+      noisy, clean: latents at `sigma` and at 0, float32 `[B, ...]`.
+      sigma: noise levels above 0, float32 `[B]`.
+      space: a member of `LOSS_SPACES`: "x0" compares clean latents (published), "velocity" velocities. As the error of
+        x0 is sigma times that of the velocity, the second weighs a sample 1 / sigma^2 times as much.
+    """
     error = clean_estimate(noisy, velocity.astype(jnp.float32), sigma) - clean
+    if space == "velocity":
+        error = error / _per_sample(sigma, error)
     return jnp.mean(jnp.square(error))
 
 
@@ -61,18 +77,79 @@ def euler_sigmas(num_steps: int, shift: float = 3.0) -> np.ndarray:
     if num_steps < 1 or shift <= 0:
         raise ValueError(f"num_steps must be at least 1 and shift above 0, not {num_steps} and {shift}")
 
-    def shifted(sigma):
-        return shift * sigma / (1 + (shift - 1) * sigma)
-
     # The public scheduler keeps its table in float32 and spreads the steps over times in [0, 1000].
-    lowest = shifted(np.float32(1 / NUM_TRAIN_TIMES))
+    lowest = shift_levels(np.float32(1 / NUM_TRAIN_TIMES), shift)
     times = np.linspace(NUM_TRAIN_TIMES, np.float32(lowest * NUM_TRAIN_TIMES), num_steps)
-    return np.append(shifted(times / NUM_TRAIN_TIMES), 0).astype(np.float32)
+    return np.append(shift_levels(times / NUM_TRAIN_TIMES, shift), 0).astype(np.float32)
 
 
-def _interleave(first: jax.Array, second: jax.Array) -> jax.Array:
-    """Two `[B, ...]` -> `[2 B, ...]`, row by row: a batch that is split over devices stays where it is."""
-    return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
+def guided_runs(
+    sigmas: np.ndarray, interval: tuple[float, float] = (0.0, 1.0), *, guided: bool = True
+) -> list[tuple[int, int, bool]]:
+    """The steps of a sampler as runs `(start, stop, is_guided)` of equal kind: guidance acts where sigma lies in
+    `interval` (arXiv 2404.07724), and nowhere if not `guided`. All of it is known before tracing.
+    """
+    low, high = interval
+    kinds = [guided and bool(low <= sigma <= high) for sigma in sigmas[:-1]]
+    runs = [list(run) for _, run in groupby(range(len(kinds)), key=kinds.__getitem__)]
+    return [(run[0], run[-1] + 1, kinds[run[0]]) for run in runs]
+
+
+def guide(velocity: Velocity, conditions: Sequence[Any], scales: Sequence[Any]) -> Callable:
+    """Classifier-free guidance on a chain of conditions, from the weakest to the full one, evaluated as one batch.
+
+    The result is `v_0 + sum_k scales[k - 1] (v_k - v_(k-1))`. One scale on (negative, full) is the usual guidance; two
+    on (nothing, references alone, references and text) are InstructPix2Pix's (arXiv 2211.09800, section 3.2.1).
+
+    Args:
+      velocity: `(latents [B, ...], timesteps [B] in [0, 1000], condition) -> velocity [B, ...]`.
+      conditions: one or more pytrees of arrays `[B, ...]`, alike in structure.
+      scales: one fewer; numbers or float32 scalars.
+
+    Returns:
+      `(latents [B, ...], timesteps [B]) -> velocity [B, ...]`, float32.
+    """
+    count = len(conditions)
+    joined = conditions[0] if count == 1 else jax.tree.map(lambda *leaves: _interleave(leaves), *conditions)
+
+    def guided(latents, times):
+        repeated = latents, times
+        if count > 1:
+            repeated = (_interleave([array] * count) for array in repeated)
+        made = velocity(*repeated, joined).astype(jnp.float32)
+        steps = jnp.moveaxis(made.reshape(len(latents), count, *latents.shape[1:]), 1, 0)
+        out = steps[0]
+        for scale, weaker, stronger in zip(scales, steps, steps[1:], strict=False):
+            out = out + scale * (stronger - weaker)
+        return out
+
+    return guided
+
+
+def euler(predict: Callable, latents: jax.Array, sigmas: jax.Array, start: Any, stop: Any) -> jax.Array:
+    """Euler steps `start` to `stop` (exclusive) over noise levels `sigmas [N + 1]`, one network evaluation each.
+
+    `start` and `stop` may be traced: one compiled program serves any number of steps.
+
+    Args:
+      predict: `(latents [B, ...], timesteps [B] in [0, 1000]) -> velocity [B, ...]`.
+      latents: at noise level `sigmas[start]`.
+
+    Returns:
+      Latents at `sigmas[stop]`, float32.
+    """
+    sigmas = jnp.asarray(sigmas, jnp.float32)
+
+    def step(i, latents):
+        times = jnp.full((len(latents),), sigmas[i] * NUM_TRAIN_TIMES)
+        return latents + (sigmas[i + 1] - sigmas[i]) * predict(latents, times).astype(jnp.float32)
+
+    return jax.lax.fori_loop(start, stop, step, latents.astype(jnp.float32))
+
+
+def _interleave(arrays: Sequence[jax.Array]) -> jax.Array:
+    """K arrays `[B, ...]` -> `[K B, ...]`, row by row: a batch that is split over devices stays where it is."""
+    return jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
 
 
 def sample(
@@ -81,58 +158,37 @@ def sample(
     condition: Any,
     sigmas: np.ndarray,
     *,
-    negative: Any = None,
-    guidance_scale: float = 1.0,
+    weaker: Sequence[Any] = (),
+    scales: Sequence[Any] = (),
     guidance_interval: tuple[float, float] = (0.0, 1.0),
 ) -> jax.Array:
     """Euler sampling with classifier-free guidance: one traced program, `len(sigmas) - 1` network evaluations.
 
-    Guided steps evaluate negative and condition at once, as one batch of twice the size, and follow
-    `v_negative + guidance_scale (v_condition - v_negative)`; the other steps evaluate `condition` alone.
+    Guided steps evaluate all conditions as one batch (`guide`); the other steps evaluate `condition` alone.
 
     Args:
-      velocity: `(latents [B, ...], timesteps [B] in [0, 1000], condition) -> velocity [B, ...]`.
+      velocity: see `guide`.
       noise: starting latents at sigma 1, `[B, ...]`.
       condition: pytree of arrays `[B, ...]` handed to `velocity` (text states, references, ...).
       sigmas: static noise levels `[N + 1]` from `euler_sigmas`.
-      negative: pytree like `condition`, for guidance (the negative prompt's); None: no guidance.
-      guidance_scale: 1 is no guidance; the published values are 7 (generation) and 9 (editing).
-      guidance_interval: guidance acts where sigma lies in it (arXiv 2404.07724); all steps by default.
+      weaker: pytrees like `condition` that guidance starts from, the weakest first (the negative prompt's); empty: no
+        guidance.
+      scales: one for each of `weaker`; the published values are 7 (generation) and 9 (editing).
+      guidance_interval: see `guided_runs`.
 
     Returns:
       Latents at sigma 0, float32 `[B, ...]`.
 
     Raises:
-      ValueError: if guidance_scale is not 1 but there is no `negative`.
+      ValueError: if there are not as many scales as weaker conditions.
     """
-    if guidance_scale != 1.0 and negative is None:
-        raise ValueError(f"guidance_scale {guidance_scale} needs the negative condition; pass negative, or scale 1")
-    batch = noise.shape[0]
-    low, high = guidance_interval
-    both = None
-    if negative is not None and guidance_scale != 1.0:
-        both = jax.tree.map(_interleave, negative, condition)
-
-    def plain(latents, time):
-        return velocity(latents, jnp.full((batch,), time), condition)
-
-    def guided(latents, time):
-        doubled = velocity(_interleave(latents, latents), jnp.full((2 * batch,), time), both)
-        v_negative, v_condition = jnp.moveaxis(doubled.astype(jnp.float32).reshape(batch, 2, *latents.shape[1:]), 1, 0)
-        return v_negative + guidance_scale * (v_condition - v_negative)
-
-    # Which steps are guided is known before tracing, so each run of equal steps is one scan without branches.
-    steps = [
-        (both is not None and low <= now <= high, now, after) for now, after in zip(sigmas, sigmas[1:], strict=False)
-    ]
-    latents = noise.astype(jnp.float32)
-    for is_guided, run in groupby(steps, key=lambda step: step[0]):
-        predict = guided if is_guided else plain
-
-        def euler(latents, step, predict=predict):
-            now, after = step
-            return latents + (after - now) * predict(latents, now * NUM_TRAIN_TIMES).astype(jnp.float32), None
-
-        levels = np.array([step[1:] for step in run], np.float32)
-        latents, _ = jax.lax.scan(euler, latents, (levels[:, 0], levels[:, 1]))
+    if len(weaker) != len(scales):
+        raise ValueError(
+            f"{len(scales)} guidance scale(s) for {len(weaker)} weaker condition(s); each scale needs the condition "
+            "that it leads away from"
+        )
+    latents = noise
+    for start, stop, guided in guided_runs(sigmas, guidance_interval, guided=bool(weaker)):
+        predict = guide(velocity, [*weaker, condition] if guided else [condition], scales)
+        latents = euler(predict, latents, sigmas, start, stop)
     return latents

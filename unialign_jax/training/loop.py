@@ -7,6 +7,7 @@ Every process of a run executes all of it; process 0 alone writes the logs. A ru
 import contextlib
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,25 +19,36 @@ from etils import epath
 from unialign_jax import agreement, distributed, parallel, pretrained, storage
 from unialign_jax.batch import Batch
 from unialign_jax.checkpoints import Checkpoints
-from unialign_jax.data.pipeline import make_batches, merge_states
+from unialign_jax.data.pipeline import Batches, make_batches, merge_states
 from unialign_jax.data.samples import Refused
-from unialign_jax.data.sources import open_source
+from unialign_jax.data.sources import SourceConfig, open_source
 from unialign_jax.data.tokenizer import PlainTokenizer, Tokenizer
-from unialign_jax.networks import Networks
+from unialign_jax.networks import Networks, Params
 from unialign_jax.state import TrainState, create_state
 from unialign_jax.training import run_config, saved_config, writers
 from unialign_jax.training.metrics import DelayedMetrics, Stopwatch, progress_line
+from unialign_jax.training.profiling import StepProfiler
 from unialign_jax.training.program import Program
 from unialign_jax.training.run_config import RunConfig
 from unialign_jax.training.samples import sample_grid
 
 
-def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainState:
+def train(
+    config: ml_collections.ConfigDict,
+    workdir: epath.PathLike,
+    *,
+    start: epath.PathLike | None = None,
+    profile_steps: tuple[int, int] | None = None,
+    make_batches: Callable[..., Batches] = make_batches,
+) -> TrainState:
     """Trains one stage to its last step, or until SIGTERM; resumes where `workdir` holds checkpoints of it.
 
     Args:
       config: see `run_config.RunConfig`; `configs/` has examples.
       workdir: the stage's files go to a sub-directory named after it.
+      start: what to start from where the config's `init` does not say.
+      profile_steps: first and last step to record for XProf, see `profiling.StepProfiler`.
+      make_batches: makes the input pipeline; the loop's benchmark puts recorded batches in its place.
 
     Returns:
       The state after the last step, which is saved.
@@ -67,9 +79,12 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
         resume_step = latest if run.resume_step is None else run.resume_step
         # Exactly where it started, however far that run has gone on: what is not trained comes from there each time.
         if resume_step is None:
-            init = run.init and agreement.primary(lambda: str(pretrained.locate(run.init)), FileNotFoundError)
+            start = start if run.init is None else run.init
+            if start is None and run.after is not None:
+                raise ValueError(f"stage {run.stage!r} goes on from {run.after!r}; say where that is, or set init")
+            init = start and str(pretrained.locate(start))
         else:
-            init = checkpoints.meta(resume_step)["init"]
+            init = pretrained.start_of(checkpoints.meta(resume_step), directory)
 
         # Text becomes ids. The tokenizer is part of the run: samplers of its checkpoints read it from the directory.
         tokenizer = _make_tokenizer(run, init, directory / "tokenizer", resuming=resume_step is not None)
@@ -94,12 +109,16 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
         start_from = functools.partial(
             pretrained.initial_params, networks, init_key, source=init, average=run.init_average
         )
-        frozen = start_from(program.frozen)
+        params = start_from({name: program.params[name] for name in program.frozen})
+        frozen = run.tuning.frozen_of(params)
         if resume_step is None:
-            params = start_from(program.state.params)
+            params |= start_from({name: tree for name, tree in program.params.items() if name not in params})
             shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
-            create = functools.partial(create_state, config=run.optimizer)
-            state = jax.jit(create, out_shardings=shardings, donate_argnums=0)(params)
+
+            def create(params: Params, key: jax.Array) -> TrainState:
+                return create_state(run.tuning.trained_of(params, key), run.optimizer)
+
+            state = jax.jit(create, out_shardings=shardings)(params, init_key)
         else:
             state, data_state, _ = checkpoints.restore(
                 program.state, resume_step, accept=lambda meta: _accept(meta, saved_as, run)
@@ -107,11 +126,12 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
             batches.set_state(data_state)
             if newer := checkpoints.set_aside_after(resume_step):
                 logging.warning("steps %s were moved to %s-set-aside", newer, checkpoints.directory)
+        del params
         start = step = int(state.step)
         meta = {
             "stage": run.stage,
             "config": saved_as,
-            "init": init,
+            "init": pretrained.record_of(init, directory),
             "data": batches.get_state()["fingerprints"],
             "versions": saved_config.library_versions(),
         }
@@ -127,8 +147,10 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
             say(f"{'started' if start else 'starts'} from {init}")
 
         # The loop. The host never waits for the step it has just queued, only for one some steps before.
-        compiled: dict[Batch, Any] = {}
+        compiled: dict[tuple[Batch, float, float], Any] = {}
         window, watch = DelayedMetrics(), Stopwatch()
+        profiler = StepProfiler(profile_steps if speaks else None, directory)
+        stack.callback(profiler.close)
         stopping = False
         while step < run.steps and not stopping:
             step += 1
@@ -137,34 +159,40 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
                 arrays = next(batches)
             batch = program.place(arrays, null_ids)
             size = arrays["target"].shape[1:3]
-            bucket = program.batch(source, size)
+            bucket = (program.batch(source, size), source.image_pass, source.text_pass)
             if bucket not in compiled:
                 with watch.paused():
                     begin = time.perf_counter()
                     compiled[bucket] = program.lower(source, size, end_token_id=tokenizer.end_id).compile()
                     say(f"compiled the step for {name!r} in {time.perf_counter() - begin:.1f} s")
-            with jax.transfer_guard("disallow"):
+            profiler.before(step, window.drain)
+            with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = compiled[bucket](state, frozen, batch, step_key)
             window.push(step, name, metrics, run.data.global_batch, program.model_flops(source, size))
 
+            if (profile := profiler.after(step, window.drain)) is not None:
+                say(f"profile of steps {profile_steps[0]} to {step}: {profile}")
             stopping = preemption.reached(step)
             last = step == run.steps
-            if last or stopping or step % run.log.every == 0:
-                if last or stopping:
+            saving = last or stopping or step % run.checkpoint.every == 0
+            if saving or step % run.log.every == 0:
+                if saving:
+                    # So that a state after a loss that is not finite is never saved, and that no average spans a save:
+                    # a resumed run then writes the points that the uninterrupted one does.
                     window.drain()
                 losses, work = window.averages()
                 if work.steps:  # none yet, if this comes sooner than the values do
                     rates = watch.lap(work)
                     writer.write_scalars(step, losses | rates)
                     say(progress_line(step, run.steps, rates, losses))
-            if last or stopping or step % run.checkpoint.every == 0:
-                window.drain()  # so that a state after a loss that is not finite is never saved
+            if saving:
                 with watch.paused():
+                    writer.flush()  # a resumed run does not write again what lies before the step it resumes at
                     checkpoints.save(step, state, merge_states(agreement.gather(batches.get_state())), meta)
             if held_batch is not None and (last or step % run.log.samples_every == 0) and not stopping:
                 window.drain()
                 with watch.paused(), jax.set_mesh(program.mesh):
-                    params = {**frozen, **(state.params if state.ema is None else state.ema)}
+                    params = run.tuning.merge(frozen, state.params if state.ema is None else state.ema)
                     images, text = sample_grid(networks, params, tokenizer, held_batch, run.log)
                     writer.write_images(step, {"samples": images})
                     writer.write_texts(step, {"captions": text})
@@ -199,7 +227,7 @@ def _make_tokenizer(run: RunConfig, init: str | None, directory: epath.Path, *, 
 
 def _texts(run: RunConfig):
     """All texts of the sources, for learning a tokenizer. Rows that can't be used are reported while training."""
-    for source in run.data.sources:
+    for source in (*run.data.sources, *map(SourceConfig, run.tokenizer.more_texts)):
         rows = open_source(source)
         for index in range(len(rows)):
             try:

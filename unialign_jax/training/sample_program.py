@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from unialign_jax import parallel
+from unialign_jax import parallel, pretrained
 from unialign_jax.data.sources import SourceConfig
+from unialign_jax.inference import programs
 from unialign_jax.networks import build_networks
-from unialign_jax.pipeline import image_program
 from unialign_jax.training import flops
 from unialign_jax.training.run_config import RunConfig
 
 
 class SampleProgram:
-    """`pipeline.image_program` for a run's global batch, steps and guidance: prompts (and references) to images.
+    """The three programs of `inference.programs` in a row: a batch of prompts (and references) to images.
 
     Args:
       run: `data`'s batch and sizes and `log`'s steps and guidance are read.
@@ -42,17 +42,28 @@ class SampleProgram:
 
     def lower(self, source: SourceConfig) -> jax.stages.Lowered:
         """The program for prompts with a source's number of references, ready to be compiled for the mesh's devices."""
-        data = self.run.data
-        with jax.set_mesh(self.mesh):
-            return image_program.lower(
-                self.params,
-                *self._inputs(source),
-                networks=self.networks,
-                size=(data.height, data.width),
-                steps=self.run.log.sample_steps,
-                guidance=self.run.log.guidance,
-                interval=(0.0, 1.0),
+        data, log = self.run.data, self.run.log
+        made = programs.image_programs(self.networks, self.mesh)
+        branches = 1 if log.guidance == 1 else 2
+
+        def sample(params, seeds, ids, negative_ids, references, reference_mask):
+            latents, conditions = made.begin(
+                params, seeds, ids, negative_ids, references, reference_mask, (data.height, data.width), branches
             )
+            # Traced here, the number of steps is a constant, so that the program tells how often it runs.
+            latents = made.advance.__wrapped__(
+                params,
+                latents,
+                conditions,
+                jnp.full((branches - 1,), log.guidance),
+                programs.sigma_table(log.sample_steps, pretrained.PUBLISHED_SHIFT),
+                0,
+                log.sample_steps,
+            )
+            return made.finish(params, latents)
+
+        with jax.set_mesh(self.mesh):
+            return jax.jit(sample).lower(self.params, *self._inputs(source))
 
     def model_flops(self, source: SourceConfig) -> int:
         """FLOPs of all network evaluations of a batch, over all devices; guidance makes two of every step."""
@@ -74,18 +85,18 @@ class SampleProgram:
         )
 
     def _inputs(self, source: SourceConfig) -> tuple[Any, ...]:
-        """Keys, ids, negative ids, references and their mask, as `image_program` takes them."""
+        """Seeds, ids, negative ids, references and their mask, as `ImagePrograms.begin` takes them."""
         data = self.run.data
         split, whole = parallel.batch_sharding(self.mesh), parallel.replicated(self.mesh)
         batch, text = data.global_batch, data.text_length
-        keys = _placed(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch)), split)
+        seeds = jax.ShapeDtypeStruct((batch,), jnp.uint32, sharding=split)
         ids = jax.ShapeDtypeStruct((batch, text), jnp.int32, sharding=split)
         negative = jax.ShapeDtypeStruct((text,), jnp.int32, sharding=whole)
         if not source.references:
-            return keys, ids, negative, None, None
+            return seeds, ids, negative, None, None
         shape = (batch, source.references)
         references = jax.ShapeDtypeStruct((*shape, data.height, data.width, 3), jnp.uint8, sharding=split)
-        return keys, ids, negative, references, jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=split)
+        return seeds, ids, negative, references, jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=split)
 
 
 def _placed(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:

@@ -1,33 +1,87 @@
-"""Where a run's numbers go: TensorBoard files through clu's asynchronous writer, without TensorFlow."""
+"""Where a run's numbers go: TensorBoard files through clu's asynchronous writer, without TensorFlow.
 
+What was flushed survives the process: local files are synchronised with the disk, those in an object store are there.
+"""
+
+import io
+import os
 import sys
+import time
 import types
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import tensorboardX
+from absl import logging
+from etils import epath
+from tensorboardX import record_writer, summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 _SUMMARY_MODULE = "clu.metric_writers.summary_writer"
 
 
+class _RemoteFile:
+    """A file in an object store, which has no appending: it is written anew, as a whole, at each flush."""
+
+    def __init__(self, path: str):
+        self._path, self._content, self._closed = epath.Path(path), io.BytesIO(), False
+
+    def write(self, data: bytes) -> None:
+        self._content.write(data)
+
+    def flush(self) -> None:
+        try:
+            self._path.write_bytes(self._content.getvalue())
+        except OSError as error:  # an outage must not end the run, and nothing is lost yet: the next flush writes all
+            logging.warning("%s could not be written, will try again: %s", self._path, error)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._path.write_bytes(self._content.getvalue())
+
+
+class _RemoteFiles:
+    """What tensorboardX wants to know of a storage."""
+
+    open = staticmethod(_RemoteFile)
+
+    @staticmethod
+    def directory_check(path: str) -> None:
+        """Object stores have no directories to make."""
+
+
+# In place of tensorboardX's own, which wants another client library than all else here that reads and writes gs://.
+record_writer.register_writer_factory("gs", _RemoteFiles)
+
+
 class SummaryWriter:
-    """clu's `MetricWriter` interface on top of tensorboardX: scalars, images, texts, histograms, hyperparameters.
+    """clu's `MetricWriter` on tensorboardX's file format: scalars, images, texts, histograms, hyperparameters.
+
+    Not on tensorboardX's own writer: its queue is not emptied by a flush, so that a killed run would lose points.
 
     Args:
-      logdir: where the event file goes.
+      logdir: where the event file goes, local or `gs://`.
       start_step: TensorBoard forgets what an interrupted run wrote from this step on; None forgets nothing.
     """
 
     def __init__(self, logdir: str, start_step: int | None = None):
-        self._writer = tensorboardX.SummaryWriter(logdir, purge_step=start_step)
+        record_writer.directory_check(logdir)
+        # A file of its own for every start, also of two starts within a second.
+        self._events = EventsWriter(f"{logdir.rstrip('/')}/events", f".{os.getpid()}.{start_step or 0}")
+        if start_step is not None:
+            self._write(start_step, session_log=SessionLog(status=SessionLog.START))
+
+    def _write(self, step: int, **content: Any) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
 
     def write_summaries(self, step: int, values: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> None:
         raise NotImplementedError("raw summaries need TensorFlow; write scalars, images, texts or histograms")
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         for name, value in scalars.items():
-            self._writer.add_scalar(name, float(value), global_step=step)
+            self._write(step, summary=summary.scalar(name, float(value)))
 
     def write_images(self, step: int, images: Mapping[str, Any]) -> None:
         """Images `[N, H, W, C]` or `[H, W, C]`, uint8 in [0, 255] or floating in [0, 1]; C is 1 or 3."""
@@ -36,7 +90,7 @@ class SummaryWriter:
             stack = stack[None] if stack.ndim == 3 else stack
             for index, image in enumerate(stack):
                 tag = f"{name}/{index}" if len(stack) > 1 else name
-                self._writer.add_image(tag, image, global_step=step, dataformats="HWC")
+                self._write(step, summary=summary.image(tag, image, dataformats="HWC"))
 
     def write_videos(self, step: int, videos: Mapping[str, Any]) -> None:
         raise NotImplementedError("videos are not written; write images")
@@ -46,23 +100,24 @@ class SummaryWriter:
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
         for name, value in texts.items():
-            self._writer.add_text(name, value, global_step=step)
+            self._write(step, summary=summary.text(name, value))
 
     def write_histograms(
         self, step: int, arrays: Mapping[str, Any], num_buckets: Mapping[str, int] | None = None
     ) -> None:
         for name, value in arrays.items():
             bins = (num_buckets or {}).get(name) or "auto"
-            self._writer.add_histogram(name, np.asarray(value), global_step=step, bins=bins)
+            self._write(step, summary=summary.histogram(name, np.asarray(value), bins))
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-        self._writer.add_text("hparams", "\n".join(f"{key}: {value}  " for key, value in hparams.items()))
+        self.write_texts(0, {"hparams": "\n".join(f"{key}: {value}  " for key, value in hparams.items())})
 
     def flush(self) -> None:
-        self._writer.flush()
+        """All that was written is where it stays when this returns."""
+        self._events.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        self._events.close()
 
 
 # clu's writers (and its periodic actions) need TensorFlow through this one module only. Supplying it before they are

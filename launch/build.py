@@ -1,0 +1,51 @@
+"""Makes a TFDS dataset in ArrayRecord files of any source. Interrupted, the same command goes on.
+
+    python launch/build.py --source=rows.jsonl --target=DIR [--format=rows|conversations|tfds|webdataset] [--task=...]
+
+It is then trained on with --config.data.sources.NAME.path=DIR --config.data.sources.NAME.format=tfds.
+"""
+
+import os
+
+from absl import flags
+
+from unialign_jax import cli
+
+_SOURCE = flags.DEFINE_string("source", None, "File or directory, or the name of a TFDS dataset.", required=True)
+_TARGET = flags.DEFINE_string("target", None, "Directory of the dataset.", required=True)
+_FORMAT = flags.DEFINE_enum(
+    "format", "rows", ["rows", "conversations", "tfds", "webdataset"], "What the source is, see docs/data.md."
+)
+_TASK = flags.DEFINE_string("task", None, "What all rows are for; without it, each row tells.")
+_SPLIT = flags.DEFINE_string("split", "train", "Of a TFDS dataset.")
+_FIELDS = flags.DEFINE_list("fields", [], "Of a TFDS dataset: FIELD=FEATURE, ..., see docs/data.md.")
+flags.register_validator(
+    "fields", lambda pairs: all("=" in pair for pair in pairs), "expected FIELD=FEATURE, separated by commas"
+)
+_NAME = flags.DEFINE_string("name", "samples", "What TFDS calls the dataset: lower case and underscores.")
+_ROWS = flags.DEFINE_integer("rows_per_shard", 2000, "Rows that go into one file.", lower_bound=1)
+_PROCESSES = flags.DEFINE_integer("processes", os.cpu_count(), "That work at it.", lower_bound=1)
+_SHARE = flags.DEFINE_float("refused_share", 0.01, "Highest share of rows that may be unusable.", 0, 1)
+
+
+def main() -> None:
+    # Late: a wrong flag is said without loading TFDS.
+    from unialign_jax.data.build import build
+    from unialign_jax.data.sources import SourceConfig, open_source
+
+    fields = dict(field.split("=", 1) for field in _FIELDS.value)
+    source = open_source(SourceConfig(_SOURCE.value, _FORMAT.value, _TASK.value, split=_SPLIT.value, fields=fields))
+    report = build(
+        source,
+        _TARGET.value,
+        name=_NAME.value,
+        rows_per_shard=_ROWS.value,
+        processes=_PROCESSES.value,
+        refused_share=_SHARE.value,
+    )
+    print(report)
+    print(f"{report.read - report.refused.total()} samples in {_TARGET.value}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,137 @@
+"""Aspect buckets: their sizes, how rows are divided among them, measuring images, and batches of several buckets."""
+
+import collections
+import io
+import itertools
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unialign_jax.data.buckets import bucket_sizes, divide, target_sizes
+from unialign_jax.data.jsonl import JsonlSource
+from unialign_jax.data.pipeline import DataConfig, SourceConfig, make_batches, merge_states
+
+# Of the rows of the corpus, by i % 4: wide, square, tall, square.
+SIZES = {0: (16, 36), 1: (24, 24), 2: (72, 32), 3: (24, 24)}
+
+
+def test_sizes_fill_the_area_and_are_multiples():
+    assert bucket_sizes(512, 512, 64, 1.0) == ((512, 512),)
+    sizes = bucket_sizes(512, 512, 64, 2.0)
+    assert sizes == ((384, 640), (448, 576), (512, 512), (576, 448), (640, 384))
+    for height, width, multiple, aspect in [(512, 512, 16, 3.0), (256, 384, 32, 2.5), (33, 20, 4, 4.0)]:
+        sizes = bucket_sizes(height, width, multiple, aspect)
+        assert (height, width) in sizes
+        ratios = [h / w for h, w in sizes]
+        assert ratios == sorted(set(ratios)) and max(ratios) <= max(aspect, height / width)
+        for h, w in set(sizes) - {(height, width)}:
+            assert h % multiple == w % multiple == 0 and h * w <= height * width
+            # One more multiple on the longer side would be over the area.
+            assert h * w + multiple * min(h, w) > height * width
+    with pytest.raises(ValueError, match="max_aspect is 0.5"):
+        bucket_sizes(8, 8, 8, 0.5)
+
+
+def test_rows_go_to_the_nearest_bucket_and_small_buckets_are_given_up():
+    sizes = ((10, 40), (10, 20), (10, 10), (20, 10))
+    measured = np.array([[10, 41], [10, 27], [10, 15], [300, 301], [0, 0], [50, 10], [17, 10], [0, 7], [11, 40]])
+    rows = {size: found.tolist() for size, found in divide(measured, sizes, least=1).items()}
+    assert rows == {(10, 40): [0, 8], (10, 20): [1, 2], (10, 10): [3, 4, 7], (20, 10): [5, 6]}
+    rows = {size: found.tolist() for size, found in divide(measured, sizes, least=3).items()}
+    assert rows == {(10, 20): [0, 1, 2, 8], (10, 10): [3, 4, 5, 6, 7]}
+    assert [len(rows) for rows in divide(measured, sizes, least=100).values()] == [9]
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        measured = rng.integers(0, 50, (rng.integers(1, 200), 2))
+        parts = divide(measured, bucket_sizes(32, 32, 4, 3.0), least=int(rng.integers(1, 60)))
+        assert sorted(np.concatenate(list(parts.values())).tolist()) == list(range(len(measured)))
+
+
+def test_images_are_measured_once_upright_and_from_their_headers(tmp_path, encoded, monkeypatch):
+    turned = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (30, 20)).save(turned, "JPEG", exif=exif)
+    files = [encoded(1, 20, 30), turned.getvalue(), b"no image", encoded(1, 8, 9, "WEBP"), encoded(1, 20, 30)[:60]]
+    rows = []
+    for i, data in enumerate(files):
+        (tmp_path / f"{i}.png").write_bytes(data)
+        rows.append({"image": [f"{i}.png"], "conversations": [{"from": "human", "value": "x"}]})
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, [*rows, {"image": ["absent.png"]}])))
+    expected = [[20, 30], [30, 20], [0, 0], [8, 9], [20, 30], [0, 0]]
+    np.testing.assert_array_equal(target_sizes(JsonlSource(path)), expected)
+    (tmp_path / "0.png").unlink()
+    np.testing.assert_array_equal(target_sizes(JsonlSource(path)), expected)
+    with path.open("a") as file:  # another state of the file: measured anew
+        file.write("\n" + json.dumps(rows[3]))
+    np.testing.assert_array_equal(target_sizes(JsonlSource(path)), [[0, 0], *expected[1:], [8, 9]])
+
+
+@pytest.fixture
+def corpus(write_rows):
+    """41 rows, the image of row i of grey level i."""
+    return write_rows(41, size=lambda i: (90, 10) if i == 40 else SIZES[i % 4], spoil=(9,))
+
+
+def setting(*paths, **options):
+    sources = tuple(SourceConfig(path, weight=1 + i) for i, path in enumerate(paths))
+    sizes = {"height": 24, "width": 24, "side_multiple": 4, "max_aspect": 2.25}
+    return DataConfig(sources, 4, text_length=6, threads=1, refused_share=0.1, **(sizes | options))
+
+
+def levels(batch):
+    return batch["target"][:, 0, 0, 0].tolist()
+
+
+def test_every_batch_is_of_one_bucket_and_every_row_comes_once_per_pass(corpus, byte_tokenizer):
+    wide, square, tall = (16, 36), (24, 24), (36, 16)
+    with make_batches(setting(corpus), byte_tokenizer) as batches:
+        seen = collections.defaultdict(list)
+        for batch in itertools.islice(batches, 123):  # 12 passes
+            seen[batch["target"].shape[1:3]] += levels(batch)
+    # Row 40 is taller than any bucket; row 9 is no image, and stands among the square ones, where they are most.
+    rows = {wide: set(range(0, 40, 4)), tall: {*range(2, 40, 4), 40}, square: set(range(1, 41, 2))}
+    assert {size: set(levels) for size, levels in seen.items()} == rows | {square: rows[square] - {9}}
+    for size, levels_seen in seen.items():
+        length = len(rows[size])
+        assert abs(len(levels_seen) - 12 * length) <= 4  # the bucket's share of the batches
+        for start in range(0, len(levels_seen) - length + 1, length):
+            assert rows[size] - set(levels_seen[start : start + length]) <= {9}
+
+
+def test_hosts_agree_on_the_buckets_and_restarts_are_exact(corpus, write_rows, byte_tokenizer):
+    config = setting(corpus, write_rows(20, "more.jsonl", size=lambda i: SIZES[i % 2]))
+    with make_batches(config, byte_tokenizer) as batches:
+        expected = []
+        for _ in range(30):
+            source = batches.next_source
+            batch = next(batches)
+            expected.append((source, batch["target"].shape[1:], levels(batch)))
+        sources = collections.Counter(source for source, _, _ in expected)
+        assert sources == {0: 10, 1: 20} and len({shape for _, shape, _ in expected}) == 3
+    state = None
+    for count in (1, 2, 4):
+        hosts = [make_batches(config, byte_tokenizer, slots=range(i, 4, count)) for i in range(count)]
+        for host in hosts:
+            if state is not None:
+                host.set_state(state)
+        for _ in range(10):
+            source, shape, rows = expected.pop(0)
+            for i, host in enumerate(hosts):
+                assert host.next_source == source
+                batch = next(host)
+                assert batch["target"].shape[1:] == shape and levels(batch) == rows[i::count]
+        state = json.loads(json.dumps(merge_states([host.get_state() for host in hosts])))
+        for host in hosts:
+            host.close()
+
+
+def test_a_state_of_other_buckets_is_refused(corpus, byte_tokenizer):
+    with make_batches(setting(corpus), byte_tokenizer) as batches:
+        state = batches.get_state()
+    with make_batches(setting(corpus, max_aspect=1.0), byte_tokenizer) as batches:
+        with pytest.raises(ValueError, match="was saved with buckets = "):
+            batches.set_state(state)

@@ -1,0 +1,207 @@
+"""Building ArrayRecord datasets: nothing lost or changed, resumed exactly, readable by TFDS; and reading any TFDS."""
+
+import io
+import json
+import pickle
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from etils import epath
+from PIL import Image
+
+from unialign_jax.data import build as building
+from unialign_jax.data.buckets import target_sizes
+from unialign_jax.data.build import build
+from unialign_jax.data.jsonl import ConversationSource, JsonlSource
+from unialign_jax.data.report import CorpusError
+from unialign_jax.data.samples import Cause, Refused, Sample
+from unialign_jax.data.tfds_source import TfdsSource
+
+
+def test_every_kind_of_sample_comes_back_as_it_was(tmp_path, encoded):
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(encoded(i, height=8 + i))
+    turns = [{"from": "human", "value": "a é"}]
+    rows = [
+        {"image": ["0.png"], "conversations": turns},
+        {"image": ["1.png", "2.png"], "conversations": turns, "instruction": "do"},
+        {
+            "original_images": ["0.png", "1.png", "2.png"],
+            "generated_images": ["3.png"],
+            "edit_prompt": "put",
+            "caption": "c",
+        },
+        {"image": ["2.png"], "question": "q?", "answer": "a"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = JsonlSource(tmp_path / "rows.jsonl")
+    report = build(source, tmp_path / "made", rows_per_shard=3)
+    assert report.read == 4 and not report.refused
+    made = pickle.loads(pickle.dumps(TfdsSource(tmp_path / "made")))
+    assert len(made) == 4 and made.place(2) == "example 2"
+    for i in range(4):
+        expected = source[i].__dict__ | {
+            "target": epath.Path(source[i].target).read_bytes(),
+            "references": tuple(epath.Path(path).read_bytes() for path in source[i].references),
+        }
+        assert made[i].__dict__ == expected
+    assert TfdsSource(tmp_path / "made", "caption", "train[:1]")[0].task == "caption"
+    # Sizes were noted while building: nothing is measured any more.
+    np.testing.assert_array_equal(target_sizes(made), [[8, 10], [10, 10], [11, 10], [10, 10]])
+    assert epath.Path(made.sizes_path).exists() and not (tmp_path / "made" / ".unfinished").exists()
+    decoded = tfds.builder_from_directory(tmp_path / "made").as_data_source(split="train")[1]
+    assert decoded["target"].shape == (10, 10, 3) and (decoded["target"] == 2).all() and len(decoded["references"]) == 1
+
+
+def files(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+
+
+def test_an_interrupted_build_goes_on_and_ends_alike(tmp_path, write_rows, monkeypatch):
+    source = JsonlSource(write_rows(23, spoil=(4, 16)))
+    build(source, tmp_path / "whole", rows_per_shard=5, refused_share=0.1)
+    made = []
+    write_shard = building._write_shard
+
+    def interrupted(*arguments):
+        made.append(arguments[-1])
+        if len(made) == 3:
+            (tmp_path / "parts" / ".unfinished" / "samples-train.array_record-00002-of-00005").write_bytes(b"half")
+            raise KeyboardInterrupt
+        return write_shard(*arguments)
+
+    monkeypatch.setattr(building, "_write_shard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(source, tmp_path / "parts", rows_per_shard=5, refused_share=0.1)
+    with pytest.raises(ValueError, match="was begun with rows_per_shard = 5, not 6"):
+        build(source, tmp_path / "parts", rows_per_shard=6)
+    report = build(source, tmp_path / "parts", rows_per_shard=5, refused_share=0.1)
+    assert made == [0, 1, 2, 2, 3, 4]
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+    assert report.read == 23 and set(report.named) == {4, 16} and report.refused == {"not an image": 2}
+    assert json.loads((tmp_path / "parts" / "refused.json").read_text())["refused"] == {"not an image": 2}
+    captions = [TfdsSource(tmp_path / "parts")[i].caption for i in range(21)]
+    assert captions == [str(i) for i in range(23) if i not in (4, 16)]
+    with pytest.raises(ValueError, match="holds a finished dataset"):
+        build(source, tmp_path / "parts", rows_per_shard=5)
+
+
+def test_processes_change_nothing(tmp_path, write_rows):
+    source = JsonlSource(write_rows(9))
+    build(source, tmp_path / "one", rows_per_shard=3)
+    build(source, tmp_path / "two", rows_per_shard=3, processes=2)
+    one, two = TfdsSource(tmp_path / "one"), TfdsSource(tmp_path / "two")
+    assert [one[i] for i in range(9)] == [two[i] for i in range(9)]
+    assert files(tmp_path / "one").keys() == files(tmp_path / "two").keys()
+
+
+def test_too_many_unusable_rows_stop_it(tmp_path, write_rows):
+    source = JsonlSource(write_rows(20, spoil=(3, 5)))
+    with pytest.raises(CorpusError, match="rows.jsonl: 2 of 20 rows read refused"):
+        build(source, tmp_path / "made", refused_share=0.05)
+    assert not (tmp_path / "made" / "dataset_info.json").exists()
+    # A shard without a single usable row is no trouble.
+    build(source, tmp_path / "made2", rows_per_shard=1, refused_share=0.1)
+    assert len(TfdsSource(tmp_path / "made2")) == 18
+
+
+class Pets(tfds.core.GeneratorBasedBuilder):
+    """A dataset of another form."""
+
+    VERSION = tfds.core.Version("1.2.0")
+
+    def _info(self):
+        return self.dataset_info_from_configs(
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(),
+                    "label": tfds.features.ClassLabel(names=["tabby_cat", "dog"]),
+                    "captions": tfds.features.Sequence({"text": tfds.features.Text()}),
+                }
+            )
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(5)}
+
+    def _generate_examples(self, count):
+        for i in range(count):
+            texts = [{"text": f"caption {i}.{j}"} for j in range(i)]
+            file = io.BytesIO()
+            Image.new("RGB", (10, 8), (i, i, i)).save(file, "PNG")
+            yield i, {"image": file.getvalue(), "label": i % 2, "captions": texts}
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """The data directory where TFDS has prepared it."""
+    data_dir = tmp_path_factory.mktemp("data")
+    Pets(data_dir=data_dir, file_format="array_record").download_and_prepare()
+    return data_dir
+
+
+def test_datasets_of_other_forms_by_name_and_directory(foreign, encoded):
+    fields = {"target": "image", "caption": "captions/text"}
+    source = TfdsSource("pets", "caption", fields=fields, data_dir=foreign)
+    found = {}
+    for i in range(5):
+        try:
+            sample = source[i]
+            found[sample.target] = sample.caption
+            assert sample.instruction == sample.caption
+        except Refused as refused:
+            assert refused.cause is Cause.EMPTY_TEXT and "'captions/text' is an empty list" in refused.detail
+    assert found == {encoded(i): f"caption {i}.0" for i in range(1, 5)}
+    assert source.fingerprint() == {"rows": 5, "name": "pets/1.2.0"}
+    fields = {"target": "image", "question": "label", "answer": "label"}
+    labelled = TfdsSource(foreign / "pets" / "1.2.0", "answer", fields=fields)
+    answers = {labelled[i].target: labelled[i].answer for i in range(5)}
+    assert answers == {encoded(i): ("tabby cat", "dog")[i % 2] for i in range(5)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"path": "cats"}, CorpusError, "cats: no directory, and no dataset that TFDS knows"),
+        ({"path": "."}, CorpusError, "found no dataset_info.json in it"),
+        ({"split": "test"}, CorpusError, r"pets\[test\]: "),
+        ({"split": "train[:0]"}, CorpusError, r"pets\[train\[:0\]\]: "),
+        ({"fields": {}}, CorpusError, "no feature 'target'; the dataset has captions, image, label"),
+        ({"fields": {"target": "picture"}}, CorpusError, "no feature 'picture'; the dataset has captions, image"),
+        ({"fields": {"target": "image", "caption": "captions/words"}}, CorpusError, "no feature 'captions/words'"),
+        ({"fields": {"picture": "image"}}, ValueError, "no field 'picture'; the fields are task, target"),
+        ({"fields": {"target": "image"}, "task": None}, CorpusError, "no feature 'task'"),
+        ({"task": "draw"}, ValueError, "no task 'draw'"),
+    ],
+)
+def test_datasets_that_can_not_be_read_say_why(foreign, arguments, error, words, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=words):
+        TfdsSource(**{"path": "pets", "task": "caption", "data_dir": foreign} | arguments)
+
+
+def test_damaged_records_and_strange_tasks_are_refused(tmp_path, write_rows):
+    build(JsonlSource(write_rows(40)), tmp_path / "made")
+    (shard,) = (tmp_path / "made").glob("*.array_record*")
+    data = bytearray(shard.read_bytes())
+    at = data.index(b"generate")
+    data[at : at + 8] = b"nonsense"
+    shard.write_bytes(data)
+    source = TfdsSource(tmp_path / "made")
+    causes = []
+    for i in range(40):
+        try:
+            assert isinstance(source[i], Sample)
+        except Refused as refused:
+            causes.append(refused.cause)
+    assert len(causes) == 1 and causes[0] in (Cause.UNREADABLE_RECORD, Cause.UNKNOWN_TASK)
+
+
+def test_conversations_become_samples_of_their_own(tmp_path, encoded):
+    (tmp_path / "a.png").write_bytes(encoded(1))
+    turns = [{"from": ("human", "gpt")[i % 2], "value": str(i)} for i in range(6)]
+    (tmp_path / "talks.json").write_text(json.dumps([{"image": "a.png", "conversations": turns}] * 2))
+    build(ConversationSource(tmp_path / "talks.json"), tmp_path / "made")
+    made = TfdsSource(tmp_path / "made")
+    assert [(made[i].question, made[i].answer) for i in range(6)] == [("0", "1"), ("2", "3"), ("4", "5")] * 2

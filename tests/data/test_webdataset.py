@@ -1,0 +1,81 @@
+"""WebDataset tars: captions, rows in a published form, and what is refused."""
+
+import io
+import json
+import pickle
+import tarfile
+
+import pytest
+
+from unialign_jax.data.report import CorpusError
+from unialign_jax.data.samples import Cause, Refused, Sample
+from unialign_jax.data.webdataset import TarSource
+
+
+def write(path, members):
+    with tarfile.open(path, "w") as archive:
+        archive.add(path.parent, "a folder", recursive=False)
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+def edit(*images):
+    row = {"image": images, "conversations": [{"from": "human", "value": "a cat"}], "instruction": "make it red"}
+    return json.dumps(row).encode()
+
+
+def test_samples_of_several_tars_by_index(tmp_path, encoded):
+    images = [encoded(level) for level in range(5)]
+    write(tmp_path / "b.tar", [("2.before.png", images[2]), ("2.after.png", images[3]),
+                               ("2.json", edit("2.before.png", "2.after.png"))])  # fmt: skip
+    write(tmp_path / "a.tar", [("./x/0.jpg", images[0]), ("./x/0.txt", "a é".encode()),
+                               ("./x/1.txt", b"b"), ("./x/1.PNG", images[1])])  # fmt: skip
+    source = pickle.loads(pickle.dumps(TarSource(tmp_path)))
+    assert len(source) == 3 and source.fingerprint() == {"rows": 3, "tars": 2}
+    assert source[2] == Sample("edit", images[3], (images[2],), caption="a cat", instruction="make it red")
+    assert source[0] == Sample("generate", images[0], caption="a é", instruction="a é")
+    assert source[1] == Sample("generate", images[1], caption="b", instruction="b")
+    assert [source.place(i) for i in range(3)] == ["a.tar, ./x/0", "a.tar, ./x/1", "b.tar, 2"]
+    assert TarSource(tmp_path / "a.tar", "caption")[0].task == "caption"
+
+
+@pytest.mark.parametrize(
+    ("members", "cause", "words"),
+    [
+        ([("0.txt", b"x")], Cause.IMAGE_COUNT, "found 0 among txt"),
+        ([("0.a.png", b""), ("0.png", b""), ("0.jpg", b""), ("0.txt", b"x")], Cause.IMAGE_COUNT, "found 2"),
+        ([("0.png", b"")], Cause.MISSING_KEY, "expected 'txt' or 'json', found png"),
+        ([("0.png", b""), ("0.txt", b"\xff")], Cause.MALFORMED_TEXT, "0.txt"),
+        ([("0.png", b""), ("0.txt", b" ")], Cause.EMPTY_TEXT, "caption"),
+        ([("0.png", b""), ("0.json", b"{")], Cause.MALFORMED_JSON, ""),
+        ([("0.png", b""), ("0.json", edit("0.png", "0.jpg"))], Cause.MISSING_IMAGE, "'0.jpg': no such file"),
+        ([("0.png", b""), ("0.json", edit("0.png", "1.png"))], Cause.MISSING_IMAGE, "'1.png': no such file"),
+    ],
+)
+def test_unusable_samples_are_refused_by_cause(tmp_path, members, cause, words):
+    write(tmp_path / "a.tar", members)
+    with pytest.raises(Refused) as caught:
+        TarSource(tmp_path / "a.tar")[0]
+    assert caught.value.cause is cause and words in caught.value.detail
+
+
+def test_what_is_no_tar_is_said(tmp_path, encoded):
+    with pytest.raises(CorpusError, match=r"expected tars \(\*.tar\), found none"):
+        TarSource(tmp_path)
+    with pytest.raises(CorpusError, match=r"absent.tar: expected a tar, found no such file"):
+        TarSource(tmp_path / "absent.tar")
+    write(tmp_path / "a.tar", [])
+    with pytest.raises(CorpusError, match="expected samples, found no files in its 1 tar"):
+        TarSource(tmp_path / "a.tar")
+    (tmp_path / "a.tar").write_bytes(b"no tar" * 300)
+    with pytest.raises(CorpusError, match="expected a tar that is whole and not compressed"):
+        TarSource(tmp_path / "a.tar")
+    write(tmp_path / "a.tar", [("0.png", encoded(0) * 40), ("0.txt", b"x")])
+    whole = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[:1500])
+    with pytest.raises(CorpusError, match="expected a tar that is whole"):
+        TarSource(tmp_path / "a.tar")
+    with pytest.raises(ValueError, match="no task 'draw'"):
+        TarSource(tmp_path / "a.tar", "draw")

@@ -1,0 +1,57 @@
+"""The compilation cache: where it is, that it is used, and what happens where it can't be."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.compilation_cache import compilation_cache as jax_cache
+
+from unialign_jax import compilation_cache
+
+
+@pytest.fixture(autouse=True)
+def settings_come_back():
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    jax_cache.reset_cache()
+
+
+def test_a_program_is_kept_and_found_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(compilation_cache, "_MIN_SECONDS", 0)
+    compilation_cache.enable(str(tmp_path / "a" / "b"))
+    program = jax.jit(lambda x: jnp.sin(x) @ x)
+    program(jnp.ones((3, 3)))
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "a" / "b").glob("*-cache")}
+    assert any("lambda" in path.name for path in kept)
+    hits = []
+    jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
+    jax.clear_caches()
+    program(jnp.ones((3, 3)))
+    assert "/jax/compilation_cache/cache_hits" in hits
+    assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "a" / "b").glob("*-cache")}
+
+
+def test_where_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "environment"))
+    compilation_cache.enable(None)
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "environment")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compilation_cache.enable(None)
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "unialign_jax")
+    compilation_cache.enable("")
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_a_directory_that_cannot_be_made(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()
+    compilation_cache.enable("")
+    with pytest.raises(OSError):
+        compilation_cache.enable(str(tmp_path / "file" / "cache"))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    compilation_cache.enable(None)
+    assert jax.config.jax_compilation_cache_dir is None and "no cache" in caplog.text

@@ -1,0 +1,50 @@
+"""The persistent compilation cache: a program that was compiled once is read from disk by every later process.
+
+Keys hold the program, its devices and the versions of JAX and XLA, so an entry never serves anything else. Entries are
+programs that will be executed: only a directory that others can't write to may be used.
+"""
+
+import os
+
+from absl import logging
+from etils import epath
+
+HELP = (
+    "Directory of compiled programs, local or gs://, that later processes read. Default: JAX_COMPILATION_CACHE_DIR, or "
+    "~/.cache/unialign_jax. Empty: none."
+)
+# What compiles faster than this is not worth a file.
+_MIN_SECONDS = 0.3
+
+
+def default_directory() -> str:
+    """`JAX_COMPILATION_CACHE_DIR`, or `unialign_jax` in the user's cache directory."""
+    user = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    return os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.path.join(user, "unialign_jax")
+
+
+def enable(directory: str | None) -> None:
+    """Uses the cache in `directory`, local or `gs://`; must come before anything is compiled.
+
+    Args:
+      directory: made if absent. Empty: no cache. None: `default_directory()`; where that can't be made, a warning says
+        so and there is no cache.
+
+    Raises:
+      OSError: the directory can't be made.
+    """
+    import jax  # late: commands refuse wrong flags without loading it
+
+    if directory == "":
+        jax.config.update("jax_compilation_cache_dir", None)
+        return
+    path = epath.Path(default_directory() if directory is None else directory).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if directory is not None:
+            raise
+        logging.warning("programs are compiled anew by every process, no cache: %s", error)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_SECONDS)
