@@ -219,7 +219,7 @@ def _speed(
     return {
         "flops": {
             "model": needed,
-            "frozen": built.frozen_flops(),
+            "frozen": built.frozen_flops(bucket),
             "recomputed": built.recomputed_flops(bucket),
             "program": round(times.flops * where.chip.devices * chips),
         },
