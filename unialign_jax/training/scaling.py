@@ -73,9 +73,12 @@ def _cases(batches: tuple[int, ...], remats: tuple[str, ...], **kind: Any) -> tu
 _KEPT = ("dots+attention",) * 5
 CASES = (
     *_cases((4, 32, 8, 64, 4), _KEPT),
-    *_cases((2, 16, 8, 32, 2), _KEPT, source="edit"),
+    # The same work per chip on 16 chips.
+    Case("v5p:2x2x4", 16, 32, "dots+attention"),
+    Case("v6e:4x4", 16, 8, "dots+attention"),
+    *_cases((2, 24, 6, 48, 2), _KEPT, source="edit"),
     *_cases((1, 8, 2, 16, 1), _KEPT, side=1024),
-    *_cases((16, 16, 16, 32, 16), _KEPT, program="sample"),
+    *_cases((8, 16, 8, 32, 8), _KEPT, program="sample"),
 )
 
 
