@@ -131,7 +131,8 @@ def curves(workdir: pathlib.Path) -> dict[tuple[int, str], float]:
         while len(data) >= 12 and len(data) >= (size := 16 + int.from_bytes(data[:8], "little")):  # not cut short
             events.append(Event.FromString(data[12 : size - 4]))
             data = data[size:]
-        files.append(events)
+        if events:  # none if it was killed before the first flush
+            files.append(events)
     values = {}
     for event in (event for events in sorted(files, key=lambda events: events[0].wall_time) for event in events):
         for value in event.summary.value:
