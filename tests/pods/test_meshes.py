@@ -129,7 +129,7 @@ def report():
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true "
-        "--xla_backend_optimization_level=0",
+        "--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=600",
     }
     done = subprocess.run(
         [sys.executable, __file__], env=os.environ | virtual, capture_output=True, text=True, timeout=900

@@ -41,7 +41,8 @@ def start(corpus, tmp_path_factory):
             "PYTHONPATH": str(ROOT),
             "NPROC": str(2 * devices),  # sharded programs deadlock on fewer threads
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 "
-            "--xla_llvm_disable_expensive_passes=true",
+            "--xla_llvm_disable_expensive_passes=true --xla_cpu_collective_call_terminate_timeout_seconds=600 "
+            "--xla_cpu_collective_timeout_seconds=600",
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -80,7 +81,7 @@ def run(corpus, start):
     return run
 
 
-def finish(running, timeout=300):
+def finish(running, timeout=900):
     try:
         return [process.communicate(timeout=timeout) for process in running]
     finally:
@@ -139,7 +140,7 @@ def test_other_meshes_and_numbers_of_processes_go_on_with_the_same_curve(whole, 
         {"copy": str(work / "whole"), "workdir": str(work / "chain"), "changes": fours}, processes=1, devices=4
     )
     two_by_four = run(
-        {"workdir": str(work / "pair"), "changes": {}},
+        {"workdir": str(work / "pair"), "changes": {"log.samples_every": STEPS}},
         {"workdir": str(work / "chain"), "changes": {"steps": 6, "allow_changed": ["steps"]}},
         processes=2,
         devices=4,

@@ -122,5 +122,6 @@ def test_what_the_mesh_does_not_divide_is_refused_before_anything_runs(strategy,
 def test_a_network_that_is_not_there_cannot_be_trained():
     program = make_program()
     run = dataclasses.replace(program.run, model=dict(program.run.model) | {"teacher": None}, trained=("teacher",))
-    with pytest.raises(ValueError, match="trained names teacher, but the model has only autoencoder, text_encoder"):
+    message = "trained: 'teacher' matches no parameter of the model, which has autoencoder, text_encoder, transformer"
+    with pytest.raises(ValueError, match=message):
         Program(run, program.mesh)

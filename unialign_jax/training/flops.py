@@ -23,9 +23,17 @@ BACKWARD_TO_FORWARD = 2
 
 
 def train_step_flops(
-    config: TransformerConfig, *, batch: int, image_tokens: int, text_tokens: int, references: int, aligned: bool
+    config: TransformerConfig,
+    *,
+    batch: int,
+    image_tokens: int,
+    text_tokens: int,
+    references: int,
+    aligned: bool,
+    image_pass: bool = True,
+    text_pass: bool = True,
 ) -> int:
-    """FLOPs that one update of the transformer needs: both passes, forward and backward.
+    """FLOPs that one update of the transformer needs: the passes that run, forward and backward.
 
     The frozen encoders, the optimizer and anything recomputed do not count, as is usual for model FLOPs.
 
@@ -36,13 +44,14 @@ def train_step_flops(
       text_tokens: text length T.
       references: number of reference images N; absent ones count as present, since shapes are static.
       aligned: whether the semantic adapters run.
+      image_pass, text_pass: whether that pass runs.
     """
     image = image_pass_flops(config, image_tokens, text_tokens, references)
     text = text_pass_flops(config, image_tokens, text_tokens)
     if aligned:
         adapter = 2 * (config.width * config.adapter_hidden + config.adapter_hidden * config.semantic_dim)
         image, text = image + adapter, text + adapter
-    return (1 + BACKWARD_TO_FORWARD) * batch * (image + text)
+    return (1 + BACKWARD_TO_FORWARD) * batch * (image * image_pass + text * text_pass)
 
 
 def image_pass_flops(config: TransformerConfig, image_tokens: int, text_tokens: int, references: int = 0) -> int:

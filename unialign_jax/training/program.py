@@ -39,8 +39,9 @@ class Program:
     Attributes:
       run, mesh: as given.
       networks: built from `run.model`.
-      state, frozen, key: the step's arguments as trees of `jax.ShapeDtypeStruct` with shardings. `frozen` holds the
-        parameters, float32, of the networks that the step reads and does not train.
+      params: the parameters of the networks that the step reads, by name, float32, as trees of `jax.ShapeDtypeStruct`
+        with shardings.
+      state, frozen, key: the step's arguments, as such trees. `frozen` holds those of `params` that are not trained.
 
     Raises:
       ValueError: networks that can't be built, or a batch, heads or parameters that the mesh does not divide. Nothing
@@ -53,17 +54,17 @@ class Program:
         parallel.check_batch(mesh, run.data.global_batch, run.micro_batches)
         parallel.check_heads(mesh, self.networks.transformer.config.num_attention_heads)
         boxed = self.networks.abstract()
-        if absent := [name for name in run.trained if name not in boxed]:
-            raise ValueError(f"trained names {', '.join(absent)}, but the model has only {', '.join(boxed)}")
         params = jax.tree.map(_placed, nn.unbox(boxed), parallel.param_shardings(boxed, mesh))
-        self.state = self._abstract_state({name: params[name] for name in run.trained})
+        run.tuning.check(params)
         # The text encoder is always read: it encodes the masked captions.
         unread = {CACHED[part] for part in run.cached if part != "instructions"}
-        self.frozen = {name: tree for name, tree in params.items() if name not in {*run.trained, *unread}}
+        self.params = {name: tree for name, tree in params.items() if name not in unread}
+        self.state = self._abstract_state(run.tuning.trained_of(self.params))
+        self.frozen = run.tuning.frozen_of(self.params)
         self.key = self._whole(jax.eval_shape(jax.random.key, 0))
 
     def batch(self, source: SourceConfig, size: tuple[int, int] | None = None) -> Batch:
-        """The global batch of a source, abstract. Sources whose batches are equal share one compiled step.
+        """The global batch of a source, abstract. Sources with equal batches and passes share one compiled step.
 
         Args:
           source: whose batch.
@@ -141,9 +142,17 @@ class Program:
           source, size: see `batch`.
           end_token_id: id that ends and pads texts, of the run's tokenizer.
         """
-        mask_token_id = self.networks.transformer.config.mask_token_id
-        objective = dataclasses.replace(self.run.objective, mask_token_id=mask_token_id, end_token_id=end_token_id)
-        step = make_train_step(self.networks, objective, self.run.optimizer, micro_batches=self.run.micro_batches)
+        run = self.run
+        objective = dataclasses.replace(
+            run.objective,
+            mask_token_id=self.networks.transformer.config.mask_token_id,
+            end_token_id=end_token_id,
+            image_pass=source.image_pass,
+            text_pass=source.text_pass,
+        )
+        step = make_train_step(
+            self.networks, objective, run.optimizer, merge=run.tuning.merge, micro_batches=run.micro_batches
+        )
         arguments = (self.state, self.frozen, self.batch(source, size), self.key)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, arguments)
         outputs = (shardings[0], parallel.replicated(self.mesh))
@@ -167,6 +176,8 @@ class Program:
             self.networks.transformer.config,
             **self._flop_sizes(source, size),
             aligned=self.networks.teacher is not None,
+            image_pass=source.image_pass > 0,
+            text_pass=source.text_pass > 0,
         )
 
     def recomputed_flops(self, source: SourceConfig, size: tuple[int, int] | None = None) -> int:
