@@ -64,7 +64,7 @@ def test_state_is_the_real_one_and_moments_follow_their_parameters():
         ({"data.height": 66}, "images of 66 x 48 pixels: latent size 33x24 must be a multiple of the patch size 2"),
         (
             {"data.max_aspect": 8.0, "data.side_multiple": 4},
-            r"images of 20 x 112 pixels: latent size 10x56 needs 5x28 positions; .* pos_embed_max_size",
+            r"images of 20 x 112 pixels: latent size 10x56 needs 5x28 positions; .*pos_embed_max_size",
         ),
     ],
 )
