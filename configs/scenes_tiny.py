@@ -165,7 +165,7 @@ def _stage(stage: str, root: config_dict.FieldReference) -> ml_collections.Confi
     config.optimizer = {
         "learning_rate": 2e-3 if place == 0 else 1e-3,
         "warmup_steps": 500,
-        "decay_steps": config.get_ref("steps"),
+        "decay_steps": config.get_ref("steps") + 0,  # follows the steps, which it would otherwise also set
         "weight_decay": 1e-2,
         "decay_matrices_only": True,
         "b1": 0.9,
