@@ -33,13 +33,14 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
     config.lora = {"rank": 0, "targets": ("transformer/blocks/*/query",), "alpha": config_dict.placeholder(float)}
     config.init = config_dict.placeholder(str)
     config.init_average = True
+    config.cached = ()
     config.micro_batches = 1
 
     config.model = {
         "transformer": {
             "sample_size": IMAGE // 2,
             "patch_size": 2,
-            # 4 x 4 pixels are one token of 48 numbers: a velocity holds the noise, so a token must fit well into the width.
+            # 4 x 4 pixels are one token of 48 numbers. A velocity holds all of the noise: it must fit into the width.
             "in_channels": 12,
             "out_channels": 12,
             "num_layers": 5,

@@ -5,7 +5,7 @@ Mesh axes: `data` (copies of the model, and slices), `fsdp` (batch and parameter
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -273,11 +273,15 @@ def weight_gradient(x: jax.Array, gradient: jax.Array, names: Sequence[str | Non
     return jax.shard_map(local, in_specs=specs, out_specs=spec, check_vma=False)(x, gradient)
 
 
-def describe(shardings: Mapping[str, Any], abstract: Mapping[str, Any]) -> str:
-    """One line a leaf, `path shape dtype spec`, sorted: what the reviewed snapshots of the plan hold."""
+def describe(abstract: Any) -> str:
+    """One line a leaf, `path shape dtype (mesh axes by dimension)`, sorted: what the reviewed plans hold.
+
+    Args:
+      abstract: a tree of `jax.ShapeDtypeStruct` with `NamedSharding`s.
+    """
     lines = []
-    for (path, leaf), sharding in zip(jax.tree.leaves_with_path(abstract), jax.tree.leaves(shardings), strict=True):
+    for path, leaf in jax.tree.leaves_with_path(abstract):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        spec = ", ".join("+".join(p) if isinstance(p, tuple) else str(p or "-") for p in sharding.spec)
+        spec = ", ".join("+".join(axes) if isinstance(axes, tuple) else str(axes or "-") for axes in leaf.sharding.spec)
         lines.append(f"{name} {list(leaf.shape)} {np.dtype(leaf.dtype).name} ({spec})")
     return "\n".join(sorted(lines)) + "\n"

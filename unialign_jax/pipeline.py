@@ -14,12 +14,11 @@ from etils import epath
 from jax.sharding import Mesh
 from PIL import Image
 
-from unialign_jax import parallel, pretrained
+from unialign_jax import compilation_cache, parallel, pretrained
 from unialign_jax.data.tokenizer import Tokenizer
 from unialign_jax.diffusion import flow_matching
 from unialign_jax.inference import inputs, presets, programs
 from unialign_jax.inference.batches import Batches
-from unialign_jax.inference.compile_cache import use_compile_cache
 from unialign_jax.inference.inputs import ImageLike
 from unialign_jax.inference.options import ImageOptions, Preview, TextOptions
 from unialign_jax.networks import Networks
@@ -111,7 +110,7 @@ class UniAlignPipeline:
           FileNotFoundError, ValueError: what is wrong with the directory, and what was expected.
         """
         if compile_cache is not None:
-            use_compile_cache(compile_cache)
+            compilation_cache.enable(str(compile_cache))
         mesh = mesh or _first_device()
         model = pretrained.load(directory, dtype=dtype, average=average, mesh=mesh)
         return cls(
@@ -164,6 +163,22 @@ class UniAlignPipeline:
         """Image and question -> a word or phrase, under the published protocol (`presets.Protocol.question`)."""
         inputs.as_list(image, question, "image", "question")
         return self._texts(image, question, **options)
+
+    def encode_question(self, question: str, protocol: str | presets.Protocol = "unialignment"):
+        """The ids int32 `[T]` of a question in a protocol's words, and where they stand, bool `[T]`.
+
+        Raises:
+          ValueError: it is so long that no room is left for an answer.
+        """
+        preset = presets.protocol(protocol)
+        length = min(self.text_length, preset.answer_length)
+        ids, learned = self.tokenizer.encode_prompted(preset.question.format(question), "", length)
+        if learned.sum() < 2:
+            raise ValueError(
+                f"a question in its protocol's words fills the {length} tokens of a text and leaves no room for an "
+                f"answer; shorten {question[:60]!r}"
+            )
+        return ids, ~learned
 
     def warm_up(
         self,
@@ -246,7 +261,8 @@ class UniAlignPipeline:
         rows = [seeds, np.stack([self.tokenizer.encode(text, self.text_length) for text in prompts])]
         if references is not None:
             rows += inputs.reference_pixels(references, height, width)
-        self.batches.check_same([len(prompts), 0 if references is None else rows[2].shape[1], height, width, steps])
+        if gather:
+            self.batches.check_same([len(prompts), 0 if references is None else rows[2].shape[1], height, width, steps])
 
         made = programs.image_programs(self.networks, self.mesh)
         branches = 3 if reference_guidance != 1 else 2 if guidance != 1 else 1
@@ -313,15 +329,10 @@ class UniAlignPipeline:
         if question is not None:
             questions = inputs.check_texts([question] if single else list(question), "question")
             for i, text in enumerate(questions):
-                ids[i], learned = self.tokenizer.encode_prompted(preset.question.format(text), "", length)
-                known[i] = ~learned
-                if learned.sum() < 2:
-                    raise ValueError(
-                        f"question {i} fills the {length} tokens of a text and leaves no room for an answer; shorten "
-                        f"{text[:60]!r}"
-                    )
+                ids[i], known[i] = self.encode_question(text, preset)
         pictures = np.stack([inputs.pixels(item, height, width) for item in images])
-        self.batches.check_same([len(images), 0, height, width, steps])
+        if gather:
+            self.batches.check_same([len(images), 0, height, width, steps])
         program = programs.text_program(
             self.networks, self.mesh, steps, fast, self.tokenizer.mask_id, self.tokenizer.end_id
         )

@@ -256,6 +256,21 @@ def test_a_resume_that_would_not_continue_the_run_is_refused(finished, corpus, t
         loop.train(make_config(corpus, **{"allow_changed": ("log",)} | changes), tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"strategy": "fsdp=2"}, "strategy 'fsdp=2' takes 2 devices, but there are 1"),
+        ({"strategy": "fsdp+tensor=2"}, "takes a multiple of 2 devices, but there are 1"),
+        ({"strategy": "model"}, "strategy 'model': 'model' is wrong"),
+        ({"micro_batches": 3}, "batch of 4 cannot be split .* 3 micro-batch"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_made(corpus, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        loop.train(make_config(corpus, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(corpus, tmp_path, monkeypatch):
     def make_failing_step(*_, **__):
         def step(state, frozen, batch, key):

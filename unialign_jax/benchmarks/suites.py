@@ -10,6 +10,7 @@ from etils import epath
 
 # Name -> module with a function `run() -> dict` of JSON values, and what it measures.
 SUITES = {
+    "data": ("unialign_jax.benchmarks.data", "the input pipeline alone, beside a PyTorch DataLoader on the same files"),
     "loop": ("unialign_jax.benchmarks.loop", "what the training loop adds to the bare compiled step"),
 }
 

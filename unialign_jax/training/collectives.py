@@ -11,9 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from unialign_jax.training.hlo import Instruction, Module
-
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+from unialign_jax.training.hlo import COLLECTIVES, Instruction, Module
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +19,7 @@ class Collective:
     """One collective of a program.
 
     Attributes:
-      kind: one of `KINDS`.
+      kind: one of `hlo.COLLECTIVES`.
       axes: the mesh axes in which its partners differ, joined by "+".
       group: devices that exchange with each other (of a permutation a sender and its receiver), positions in the mesh.
       shapes: what it makes, as written in the program.
@@ -52,10 +50,10 @@ def read(module: Module, mesh_shape: Mapping[str, int]) -> list[Collective]:
     for step in module.steps():
         for inner in (step.instruction, *step.inner):
             kind = inner.opcode.removesuffix("-start")
-            if kind not in KINDS:
+            if kind not in COLLECTIVES:
                 continue
-            channel = re.search(r"channel_id=(\d+)", inner.text)
-            name = (step.computation, channel.group(1) if channel else inner.name)
+            chain = re.search(r'chain_id="(\d+)"', inner.text)
+            name = (step.computation, kind, chain.group(1) if chain else inner.name)
             if name in seen:
                 continue
             seen.add(name)

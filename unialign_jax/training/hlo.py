@@ -17,6 +17,7 @@ _BYTES |= {"bf16": 2, "c64": 8, "c128": 16}
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _OPCODE = re.compile(r"\s([a-z][a-z0-9\-]*)\(")
 _ARRAY = re.compile(r"([a-z]+[0-9a-z]*)\[([0-9,]*)\](?:\{([^}]*)\})?")
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # They name or regroup what is there, or end what another instruction began.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota"}
 _CONTROL = {"while", "conditional", "call", "async-start", "async-done", "async-update"}
@@ -206,6 +207,9 @@ class Module:
         instruction = step.instruction
         if instruction.opcode.endswith(("-done", "-update")) or _target(instruction) in _ALIASING:
             return 0
+        if self.is_transfer(step) and instruction.opcode == "fusion":
+            ends = any(_target(inner) == "AsyncCollectiveDone" for inner in step.inner)
+            return sum(array.bytes for array in instruction.shape if array.in_hbm) if ends else 0
         scope = self.computations[step.computation]
         operands = [scope[name].shape for name in instruction.operands]
         if instruction.opcode in ("copy-start", "slice-start"):
@@ -225,6 +229,14 @@ class Module:
         for position, array in enumerate(instruction.shape):
             total += written.get(position, array.bytes) if array.in_hbm else 0
         return total
+
+    def is_transfer(self, step: Step) -> bool:
+        """Whether an instruction only moves data, between devices or into vector memory, beside what computes."""
+        if step.instruction.opcode.removesuffix("-start") in (*COLLECTIVES, "copy", "slice"):
+            return step.instruction.opcode != "copy"
+        marks = {_target(inner) for inner in step.inner}
+        products = any(inner.opcode in ("dot", "convolution") for inner in step.inner)
+        return bool(marks & {"AsyncCollectiveStart", "AsyncCollectiveDone"}) and not products
 
     def _sliced(self, callee: str) -> tuple[dict[int, float], dict[int, float]]:
         """Of a fusion: bytes read of parameters that are only sliced, bytes written of results updated in place."""
@@ -254,6 +266,12 @@ class Module:
             for name, user in uses:
                 if user.opcode == "dynamic-slice" and user.operands[0] == name:
                     total += user.shape[0].bytes
+                elif user.opcode == "fusion":
+                    inner, _ = self._sliced(user.called("calls"))
+                    places = [place for place, operand in enumerate(user.operands) if operand == name]
+                    if not all(place in inner for place in places):
+                        break
+                    total += sum(inner[place] for place in places)
                 elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
                     break
             else:
@@ -265,6 +283,8 @@ class Module:
             made = body[source(name)]
             if made.opcode == "dynamic-update-slice":
                 written[position] = body[made.operands[1]].shape[0].bytes
+            elif made.opcode == "fusion" and 0 in (inner := self._sliced(made.called("calls"))[1]):
+                written[position] = inner[0]
         return read, written
 
 
@@ -297,10 +317,10 @@ def _parse(line: str) -> Instruction | None:
         return None
     shape = rest[: max(opcode.start() - 1, 0)]
     arguments, depth = rest[opcode.end() - 1 :], 1
-    for end, character in enumerate(arguments):
-        depth += (character == "(") - (character == ")")
-        if not depth:
-            break
+    end = 0
+    while depth and end < len(arguments):
+        depth += (arguments[end] == "(") - (arguments[end] == ")")
+        end += depth > 0
     inside, after = arguments[:end], arguments[end + 1 :]
     arrays = tuple(
         Array(

@@ -82,7 +82,7 @@ def train(
             start = start if run.init is None else run.init
             if start is None and run.after is not None:
                 raise ValueError(f"stage {run.stage!r} goes on from {run.after!r}; say where that is, or set init")
-            init = None if start is None else str(pretrained.locate(start))
+            init = start and str(pretrained.locate(start))
         else:
             init = pretrained.start_of(checkpoints.meta(resume_step), directory)
 

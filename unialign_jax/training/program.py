@@ -160,20 +160,48 @@ class Program:
         with jax.set_mesh(self.mesh):
             return jitted.lower(*arguments)
 
+    def parts(self, source: SourceConfig, size: tuple[int, int] | None = None) -> dict[str, Any]:
+        """The step's arguments by what they are for; see `batch`."""
+        return {
+            "parameters": self.state.params,
+            "optimizer": self.state.opt_state,
+            "ema": self.state.ema,
+            "frozen": self.frozen,
+            "batch": self.batch(source, size),
+        }
+
     def model_flops(self, source: SourceConfig, size: tuple[int, int] | None = None) -> int:
         """FLOPs that one step on a batch of a source needs, over all devices; see `batch`, `flops.train_step_flops`."""
-        config = self.networks.transformer.config
-        height, width, _ = self.networks.latent_shape(*size or (self.run.data.height, self.run.data.width))
         return flops.train_step_flops(
-            config,
-            batch=self.run.data.global_batch,
-            image_tokens=(height // config.patch_size) * (width // config.patch_size),
-            text_tokens=self.run.data.text_length,
-            references=source.references,
+            self.networks.transformer.config,
+            **self._flop_sizes(source, size),
             aligned=self.networks.teacher is not None,
             image_pass=source.image_pass > 0,
             text_pass=source.text_pass > 0,
         )
+
+    def recomputed_flops(self, source: SourceConfig, size: tuple[int, int] | None = None) -> int:
+        """What the step computes beyond `model_flops`: see `flops.recomputed_flops`."""
+        return flops.recomputed_flops(
+            self.networks.transformer.config, self.run.remat, **self._flop_sizes(source, size)
+        )
+
+    def frozen_flops(self) -> int:
+        """Forward FLOPs of the text encoder for a batch: of masked captions, and of instructions if not cached."""
+        texts = self.run.data.global_batch * (1 if "instructions" in self.run.cached else 2)
+        return flops.text_encoder_flops(
+            self.networks.text_encoder.config, texts=texts, tokens=self.run.data.text_length
+        )
+
+    def _flop_sizes(self, source: SourceConfig, size: tuple[int, int] | None) -> dict[str, int]:
+        patch = self.networks.transformer.config.patch_size
+        height, width, _ = self.networks.latent_shape(*size or (self.run.data.height, self.run.data.width))
+        return {
+            "batch": self.run.data.global_batch,
+            "image_tokens": (height // patch) * (width // patch),
+            "text_tokens": self.run.data.text_length,
+            "references": source.references,
+        }
 
     def _abstract_state(self, params: Any) -> TrainState:
         state = jax.eval_shape(lambda params: create_state(params, self.run.optimizer), params)

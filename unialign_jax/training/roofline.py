@@ -2,8 +2,8 @@
 
 An operation takes the longer of its matrix products' time and its memory traffic's; operations follow each other, as
 they do on a TPU's core. Prefetches into vector memory run beside them and only have to fit the memory's bandwidth.
-Transfers between chips either hide behind all of that ("overlapped") or stand in line with it ("serial"): the truth lies
-between. Vector arithmetic, latencies and the launch of kernels are left out, so this is a bound, not a forecast.
+Transfers between chips either hide behind all of that ("overlapped") or stand in line with it ("serial"): the truth
+lies between. Vector arithmetic, latencies and the launch of kernels are left out, so this is a bound, not a forecast.
 """
 
 import collections
@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from unialign_jax.training.chips import Slices
-from unialign_jax.training.collectives import KINDS, Collective
+from unialign_jax.training.collectives import Collective
 from unialign_jax.training.hlo import Module
 
 
@@ -59,8 +59,7 @@ def estimate(module: Module, transfers: Sequence[Collective], slices: Slices) ->
         traffic = module.traffic(step) / bandwidth * step.times
         flops += module.flops(step) * step.times
         compute, hbm = compute + products, hbm + traffic
-        opcode = step.instruction.opcode
-        if opcode not in ("copy-start", "slice-start") and opcode.removesuffix("-start") not in KINDS:
+        if not module.is_transfer(step):
             operations += max(products, traffic)
     seconds: collections.Counter[bool] = collections.Counter()
     for transfer in transfers:

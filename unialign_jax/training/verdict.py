@@ -17,8 +17,9 @@ import jax
 from unialign_jax import accelerator_flags, parallel
 from unialign_jax.training import collectives, hlo, roofline
 from unialign_jax.training.chips import CHIPS, GIB, Slices
-from unialign_jax.training.program import Program, SampleProgram
+from unialign_jax.training.program import Program
 from unialign_jax.training.run_config import RunConfig
+from unialign_jax.training.sample_program import SampleProgram
 
 # Share of the usable memory that must stay free: the next batch, the runtime's buffers, fragmentation.
 HEADROOM = 0.04
@@ -106,7 +107,7 @@ def judge(run: RunConfig, topology: str, *, slices: int = 1, program: str = "tra
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return verdict | {"fits": False, "compiler": str(error).splitlines()[0]}
-    memory = _memory(built, compiled, where.chip)
+    memory = _memory(built.parts(bucket), compiled, where.chip)
     module = hlo.Module(compiled.as_text())
     transfers = collectives.read(module, dict(mesh.shape))
     times = roofline.estimate(module, transfers, where)
@@ -116,7 +117,7 @@ def judge(run: RunConfig, topology: str, *, slices: int = 1, program: str = "tra
         | {
             "attention": _attention(module, run),
             "collectives": _summary(transfers, where),
-            "activation_gathers": _activation_gathers(transfers, built),
+            "activation_gathers": _activation_gathers(transfers, built.parts(bucket)),
         }
         | _speed(built, bucket, times, where, chips)
     )
@@ -132,10 +133,10 @@ def _generation(topology: str) -> str:
     return generation
 
 
-def _memory(built: Program | SampleProgram, compiled: jax.stages.Compiled, chip: Any) -> dict:
+def _memory(arguments: dict[str, Any], compiled: jax.stages.Compiled, chip: Any) -> dict:
     """GiB per device, and whether they fit."""
     counted = compiled.memory_analysis()
-    parts = {name: _held(tree) / GIB for name, tree in built.parts().items()}
+    parts = {name: _held(tree) / GIB for name, tree in arguments.items()}
     total = (
         counted.argument_size_in_bytes
         + counted.output_size_in_bytes
@@ -182,16 +183,16 @@ def _summary(transfers: list[collectives.Collective], where: Slices) -> list[dic
     ]
 
 
-def _activation_gathers(transfers: list[collectives.Collective], built: Program | SampleProgram) -> list[dict]:
+def _activation_gathers(transfers: list[collectives.Collective], arguments: dict[str, Any]) -> list[dict]:
     """All-gathers whose result is no parameter: where it comes from, count and bytes, largest first."""
-    shapes = set()
-    for leaf in jax.tree.leaves(built.params):
+    sizes_of_parameters = set()
+    for leaf in jax.tree.leaves([arguments["parameters"], arguments["frozen"]]):
         sizes = [size for size in leaf.shape if size > 1]
-        shapes |= {math.prod(sizes), math.prod(sizes[1:])}  # of all layers, or of one
+        sizes_of_parameters |= {math.prod(sizes), math.prod(sizes[1:])}  # of all layers, or of one
     found: dict[tuple, list] = {}
     for transfer in transfers:
         sizes = [math.prod(int(n) for n in re.findall(r"\d+", shape.partition("[")[2])) for shape in transfer.shapes]
-        if transfer.kind == "all-gather" and not all(size in shapes for size in sizes):
+        if transfer.kind == "all-gather" and not all(size in sizes_of_parameters for size in sizes):
             entry = found.setdefault((transfer.op_name, transfer.axes, transfer.shapes), [0, 0.0])
             entry[0] += transfer.times
             entry[1] += transfer.times * transfer.bytes

@@ -1,0 +1,72 @@
+"""Scores a checkpoint on a benchmark.
+
+    python launch/evaluate.py --checkpoint=runs/scenes/unify --benchmark=scenes --output=runs/scores
+    python launch/evaluate.py --checkpoint=... --tasks=caption --sets=test,attributes --things=1-2,3-4 --output=...
+
+Prints the tables, and writes them with the model's outputs and pictures to the output directory.
+"""
+
+import dataclasses
+
+from absl import flags
+
+from unialign_jax import cli
+
+TASKS = ("generate", "edit", "perceive", "compose", "caption", "answer")
+SETS = ("test", "attributes", "relations", "wordings", "train")
+
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "A run's stage directory, a step in it, a converted directory, or a shipped checkpoint's name."
+)
+_BENCHMARK = flags.DEFINE_enum("benchmark", "scenes", ("scenes",), "What to score on.")
+_OUTPUT = flags.DEFINE_string("output", None, "Directory for scores and pictures; created if absent.")
+_TASKS = flags.DEFINE_list("tasks", list(TASKS), "Which tasks.")
+_SETS = flags.DEFINE_list("sets", ["test"], "Held-out sets of scenes: " + ", ".join(SETS) + ".")
+_THINGS = flags.DEFINE_list("things", ["1-2", "3-4"], "Numbers of things in the scenes, a table for each: 1-2, 3, ...")
+_COUNT = flags.DEFINE_integer("count", 200, "Examples per task and table.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", None, "Steps of images and of texts.", lower_bound=1)
+_GUIDANCE = flags.DEFINE_float("guidance", None, "Classifier-free guidance of all image tasks.", lower_bound=0)
+_AVERAGE = flags.DEFINE_bool("average", True, "Of a run, score the moving average of the parameters.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ("bfloat16", "float32"), "Compute dtype.")
+_BATCH = flags.DEFINE_integer("batch", 64, "Most items worked on at once.", lower_bound=1)
+flags.mark_flags_as_required(["checkpoint", "output"])
+
+
+def _things(text: str) -> tuple[int, ...]:
+    first, _, last = text.partition("-")
+    if not (first.isdecimal() and (last or first).isdecimal() and 1 <= int(first) <= int(last or first) <= 4):
+        raise ValueError(f"--things={text}: expected a number from 1 to 4, or a range such as 1-2")
+    return tuple(range(int(first), int(last or first) + 1))
+
+
+def main() -> None:
+    for flag, values, known in (("tasks", _TASKS.value, TASKS), ("sets", _SETS.value, SETS)):
+        if unknown := [value for value in values if value not in known]:
+            raise ValueError(f"--{flag}: unknown {', '.join(unknown)}; there are {', '.join(known)}")
+    things = [_things(text) for text in _THINGS.value]
+    # Late: a wrong flag is said without loading JAX.
+    from unialign_jax.evaluation import evaluate, scenes
+    from unialign_jax.pipeline import UniAlignPipeline
+
+    changes = {"steps": _STEPS.value, "caption_steps": _STEPS.value, "answer_steps": _STEPS.value}
+    changes |= {"generate_guidance": _GUIDANCE.value, "edit_guidance": _GUIDANCE.value}
+    protocol = dataclasses.replace(scenes.PROTOCOL, **{k: v for k, v in changes.items() if v is not None})
+    pipeline = UniAlignPipeline.from_pretrained(
+        _CHECKPOINT.value, dtype=_DTYPE.value, average=_AVERAGE.value, max_batch=_BATCH.value, single_size=True
+    )
+    tables = evaluate.evaluate_scenes(
+        pipeline,
+        _OUTPUT.value,
+        tasks=_TASKS.value,
+        subsets=_SETS.value,
+        things=things,
+        count=_COUNT.value,
+        protocol=protocol,
+        about={"checkpoint": _CHECKPOINT.value, "benchmark": _BENCHMARK.value, "dtype": _DTYPE.value},
+    )
+    for name, scores in tables.items():
+        print(f"\n{name}\n{scenes.table(scores)}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

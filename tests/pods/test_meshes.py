@@ -1,0 +1,150 @@
+"""Any mesh computes the step of one device: losses and updated parameters of generate, edit and compose batches."""
+
+import concurrent.futures
+import itertools
+import json
+import os
+import pathlib
+import runpy
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from unialign_jax import parallel
+from unialign_jax.data.sources import SourceConfig
+from unialign_jax.state import create_state
+from unialign_jax.training import run_config
+from unialign_jax.training.program import Program
+
+HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parents[1]
+
+BUCKETS = {"generate": 0, "edit": 1, "compose": 2}  # and how many references there are
+AXES = ("data", "fsdp", "sequence", "tensor")
+# Eight devices along one axis that splits the batch, 4 x 2 over every pair of axes, 2 x 2 x 2 over every triple.
+STRATEGIES = [
+    *("data=8", "fsdp=8"),
+    *(f"{a}=4+{b}=2" for a, b in itertools.combinations(AXES, 2)),
+    *("+".join(f"{axis}=2" for axis in axes) for axes in itertools.combinations(AXES, 3)),
+]
+# Buckets take turns, which gives each of them every axis. The last case has a teacher, and trains its text encoder.
+CASES = [(strategy, list(BUCKETS)[i % 3], False) for i, strategy in enumerate(STRATEGIES)]
+CASES.append(("data=2+fsdp=2+tensor=2", "edit", True))
+
+
+def make_run(aligned: bool):
+    config = runpy.run_path(str(HERE / "config.py"))["get_config"](aligned=aligned)
+    # Adam divides by the gradient's size: a larger epsilon keeps the rounding of tiny gradients small.
+    config.optimizer.eps = 1e-5
+    config.optimizer.warmup_steps = 0
+    return run_config.read(config)
+
+
+def host_batch(program, source, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random samples of a source's bucket; one of three references is absent."""
+    rng = np.random.default_rng(seed)
+    arrays = {}
+    for name, leaf in vars(program.batch(source)).items():
+        if leaf is None or name == "null_ids":
+            continue
+        if leaf.dtype == bool:
+            arrays[name] = rng.random(leaf.shape) < (0.7 if name == "reference_mask" else 2)
+        else:
+            arrays[name] = rng.integers(0, 60, leaf.shape).astype(leaf.dtype)
+    return arrays
+
+
+def first_state(program):
+    """(state, frozen) on the host; noise on all parameters, for what starts from zeros would pass no gradient on."""
+    params = jax.jit(program.networks.init)(jax.random.key(0))
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda x: x + 0.05 * rng.standard_normal(x.shape).astype(np.float32), params)
+    trained = {name: params[name] for name in program.run.trained}
+    return jax.tree.map(
+        np.asarray, (create_state(trained, program.run.optimizer), {name: params[name] for name in program.frozen})
+    )
+
+
+def two_steps(program, compiled, source, start):
+    """(metrics of each step, parameters and average after them), on the host."""
+
+    def put(tree, abstract):
+        return jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), tree, abstract)
+
+    state, frozen = put(start[0], program.state), put(start[1], program.frozen)
+    key = jax.device_put(jax.random.key(5), program.key.sharding)
+    null_ids = parallel.replicate(np.full(program.run.data.text_length, 2, np.int32), program.mesh)
+    metrics = []
+    for seed in (0, 1):
+        batch = program.place(host_batch(program, source, seed), null_ids)
+        state, values = compiled(state, frozen, batch, key)
+        metrics.append({name: float(value) for name, value in values.items()})
+    return metrics, jax.tree.map(np.asarray, {"params": state.params, "ema": state.ema})
+
+
+def main() -> None:
+    """Prints the worst relative errors of every case, each with the name of where it is."""
+
+    def build(case):
+        strategy, bucket, aligned = case
+        devices = jax.devices()[:1] if strategy == "fsdp" else jax.devices()
+        program = Program(make_run(aligned), parallel.make_mesh(strategy, devices))
+        source = SourceConfig("rows.jsonl", references=BUCKETS[bucket])
+        return program, source, program.lower(source).compile()
+
+    alone = [("fsdp", bucket, aligned) for bucket, aligned in sorted({case[1:] for case in CASES})]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        built = dict(zip([*alone, *CASES], pool.map(build, [*alone, *CASES]), strict=True))
+    starts = {aligned: first_state(built["fsdp", "edit", aligned][0]) for aligned in (False, True)}
+    results = {}
+    for case in [*alone, *CASES]:
+        program, source, compiled = built[case]
+        results[case] = two_steps(program, compiled, source, starts[case[2]])
+
+    report = []
+    for case in CASES:
+        (metrics, params), (expected_metrics, expected) = results[case], results["fsdp", *case[1:]]
+        losses = [
+            (abs(value - there[name]) / abs(there[name]), f"step {step} {name}")
+            for step, (here, there) in enumerate(zip(metrics, expected_metrics, strict=True))
+            for name, value in here.items()
+        ]
+        leaves = [
+            (float(np.linalg.norm(x - y) / np.linalg.norm(y)), jax.tree_util.keystr(path))
+            for (path, x), y in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(expected), strict=True)
+        ]
+        moved = starts[case[2]][0].params["transformer"]["blocks"]["image"]["query"]["kernel"]
+        change = np.linalg.norm(params["params"]["transformer"]["blocks"]["image"]["query"]["kernel"] - moved)
+        report.append({"case": case, "loss": max(losses), "params": max(leaves), "change": float(change)})
+    print("\n" + json.dumps(report))
+
+
+@pytest.fixture(scope="module")
+def report():
+    virtual = {
+        "NPROC": "16",  # sharded programs deadlock on fewer threads than twice the devices
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true "
+        "--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=600",
+    }
+    done = subprocess.run(
+        [sys.executable, __file__], env=os.environ | virtual, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {tuple(entry["case"]): entry for entry in json.loads(done.stdout.splitlines()[-1])}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}{'-aligned' * case[2]}")
+def test_the_step_is_that_of_one_device(report, case):
+    entry = report[case]
+    assert entry["loss"][0] < 1e-5, entry
+    assert entry["params"][0] < 1e-5, entry
+    assert entry["change"] > 1e-3  # the two steps have moved what they should
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Scores of a model's outputs, taken through the public sampling path."""

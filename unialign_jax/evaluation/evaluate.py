@@ -1,0 +1,104 @@
+"""What the evaluating command does: a checkpoint's scores on a benchmark, as files that people and programs read.
+
+OUTPUT/scores.json     every score with its interval, and the settings
+OUTPUT/scores.md       the same as tables
+OUTPUT/outputs.jsonl   one line an example: what was asked, what was made (texts), the scores
+OUTPUT/SET-THINGS/TASK.png   the first examples: references | what was made | truth
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from unialign_jax.evaluation import scenes
+from unialign_jax.inference.presets import Protocol
+from unialign_jax.pipeline import UniAlignPipeline
+from unialign_jax.training.writers import image_grid
+
+_SHOWN = 12  # examples in a picture
+
+
+def evaluate_scenes(
+    pipeline: UniAlignPipeline,
+    output: epath.PathLike,
+    *,
+    tasks: Sequence[str],
+    subsets: Sequence[str],
+    things: Sequence[Sequence[int]],
+    count: int,
+    protocol: Protocol = scenes.PROTOCOL,
+    about: Mapping[str, Any] | None = None,
+) -> dict[str, list[scenes.Score]]:
+    """Scores a model on every combination of held-out set and number of things, and writes the files above.
+
+    Args:
+      pipeline: the model.
+      output: directory, made if absent; local or `gs://`.
+      tasks: of `data.samples.TASKS`.
+      subsets: of `data.scenes.SETS`.
+      things: numbers of things in the scenes, one table for each, such as `[(1, 2), (3, 4)]`.
+      count: examples per task and table.
+      protocol: steps and guidance.
+      about: further facts for scores.json, such as the checkpoint's name.
+
+    Returns:
+      Scores by table: "test, 1-2 things" and so on.
+    """
+    directory = epath.Path(output)
+    directory.mkdir(parents=True, exist_ok=True)
+    tables: dict[str, list[scenes.Score]] = {}
+    lines = []
+    for subset in subsets:
+        for counts in things:
+            span = f"{min(counts)}-{max(counts)}" if len(counts) > 1 else str(counts[0])
+            name = f"{subset}, {span} things"
+            tables[name] = []
+            for task in tasks:
+                outputs = scenes.run(pipeline, task, count, subset=subset, counts=counts, protocol=protocol)
+                tables[name] += scenes.summarize(outputs)
+                lines += [_line(name, item) for item in outputs]
+                if isinstance(outputs[0].made, np.ndarray):
+                    folder = directory / f"{subset}-{span}"
+                    folder.mkdir(exist_ok=True)
+                    with (folder / f"{task}.png").open("wb") as file:
+                        Image.fromarray(grid(outputs[:_SHOWN])).save(file, "PNG")
+    facts = {**(about or {}), "count": count, "seed": scenes.SEED, "protocol": dataclasses.asdict(protocol)}
+    scored = {name: [dataclasses.asdict(score) for score in scores] for name, scores in tables.items()}
+    (directory / "scores.json").write_text(json.dumps({**facts, "tables": scored}, indent=1))
+    (directory / "scores.md").write_text(
+        "\n\n".join(f"## {name}\n\n{scenes.table(scores)}" for name, scores in tables.items()) + "\n"
+    )
+    (directory / "outputs.jsonl").write_text("".join(lines))
+    return tables
+
+
+def grid(outputs: Sequence[scenes.Output]) -> np.ndarray:
+    """Rows `[references | made | truth]` of image outputs; absent references are black. Uint8 `[height, width, 3]`."""
+    size = len(outputs[0].made)
+    room = max(len(item.example.references) for item in outputs)
+    blank = np.zeros((size, size, 3), np.uint8)
+    pictures = []
+    for item in outputs:
+        references = [picture.render(size) for picture in item.example.references]
+        pictures += [*references, *[blank] * (room - len(references)), item.made, item.example.target.render(size)]
+    return image_grid(np.stack(pictures), columns=room + 2)
+
+
+def _line(table: str, item: scenes.Output) -> str:
+    example = item.example
+    row = {
+        "table": table,
+        "task": example.task,
+        "kind": example.kind,
+        "asked": example.question or ("" if example.task == "caption" else example.instruction),
+        "truth": example.answer or example.caption,
+        "scores": {name: float(score) for name, score in item.scores.items()},
+    }
+    if isinstance(item.made, str):
+        row["made"] = item.made
+    return json.dumps(row) + "\n"

@@ -1,0 +1,57 @@
+"""Estimates from samples, with their uncertainty."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+_Z = 1.959964  # two-sided 95 % of a normal distribution
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean over samples and its 95 % confidence interval.
+
+    Attributes:
+      value, low, high: the mean and the interval's ends.
+      samples: how many it is of.
+    """
+
+    value: float
+    low: float
+    high: float
+    samples: int
+
+
+def share(right: Sequence[bool]) -> Estimate:
+    """The share that is right, with Wilson's score interval (JASA 22, 1927), which holds near 0 and 1 too.
+
+    Raises:
+      ValueError: no samples.
+    """
+    count = _count(right)
+    value = sum(map(bool, right)) / count
+    spread = _Z**2 / count
+    centre = (value + spread / 2) / (1 + spread)
+    half = math.sqrt(value * (1 - value) * spread + spread**2 / 4) / (1 + spread)
+    return Estimate(value, max(centre - half, 0.0), min(centre + half, 1.0), count)
+
+
+def mean(values: Sequence[float]) -> Estimate:
+    """The mean, with the normal interval from the samples' own spread; of one sample it is the whole line.
+
+    Raises:
+      ValueError: no samples.
+    """
+    count = _count(values)
+    value = math.fsum(values) / count
+    if count == 1:
+        return Estimate(value, -math.inf, math.inf, count)
+    variance = math.fsum((x - value) ** 2 for x in values) / (count - 1)
+    half = _Z * math.sqrt(variance / count)
+    return Estimate(value, value - half, value + half, count)
+
+
+def _count(values: Sequence) -> int:
+    if not len(values):
+        raise ValueError("there are no samples to estimate from")
+    return len(values)
