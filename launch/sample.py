@@ -100,6 +100,7 @@ def main() -> None:
         progress=_PROGRESS.value,
     )
     distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    compilation_cache.enable(_CACHE.value)
     result = sampling.sample(job)
     for line in result.shown:
         print(line)
