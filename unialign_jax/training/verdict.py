@@ -112,7 +112,7 @@ def judge(
         "flags": accelerator_flags.environment(_generation(topology), slices),
     }
     try:
-        compiled = built.lower(bucket).compile()
+        compiled = _compile(built.lower(bucket))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -144,6 +144,16 @@ def _generation(topology: str) -> str:
             f"{', '.join(CHIPS)}"
         )
     return generation
+
+
+def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Without the persistent cache: what is compiled for described devices can be written there, not read back."""
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
 
 
 def _memory(arguments: dict[str, Any], compiled: jax.stages.Compiled, chip: Any) -> dict:
