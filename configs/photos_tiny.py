@@ -88,6 +88,8 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
         "global_batch": 16,
         "height": IMAGE,
         "width": IMAGE,
+        "max_aspect": 1.0,  # all images are cropped to a square; more keeps their aspect, in buckets
+        "side_multiple": 8,
         "text_length": TEXT_LENGTH,
         "teacher_length": TEXT_LENGTH,
         "seed": config.get_ref("seed"),

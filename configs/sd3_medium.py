@@ -161,6 +161,8 @@ def _stage(stage: str, root: config_dict.FieldReference) -> ml_collections.Confi
         "global_batch": 384,
         "height": IMAGE,
         "width": IMAGE,
+        "max_aspect": 1.0,  # all images are cropped to a square; more keeps their aspect, in buckets
+        "side_multiple": 64,
         "text_length": TEXT_LENGTH,
         "teacher_length": TEXT_LENGTH,
         "seed": config.get_ref("seed"),

@@ -30,7 +30,7 @@ BATCH = 16
 _PHOTOS = 256
 _WARM_UP = 4  # batches
 _ROUNDS = 3
-_BATCHES = 32  # per round
+_BATCHES = 20  # per round
 
 
 def run(rows: str | None = None) -> dict[str, Any]:

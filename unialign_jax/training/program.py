@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from unialign_jax import parallel
 from unialign_jax.batch import Batch
 from unialign_jax.data.sources import SourceConfig
+from unialign_jax.models.unialign import check_latent_size
 from unialign_jax.networks import build_networks
 from unialign_jax.state import TrainState, create_state, make_optimizer
 from unialign_jax.training import flops
@@ -44,8 +45,8 @@ class Program:
       state, frozen, key: the step's arguments, as such trees. `frozen` holds those of `params` that are not trained.
 
     Raises:
-      ValueError: networks that can't be built, or a batch, heads or parameters that the mesh does not divide. Nothing
-        has been compiled or allocated by then.
+      ValueError: networks that can't be built, image sizes that they can't take, or a batch, heads or parameters that
+        the mesh does not divide. Nothing has been compiled or allocated by then.
     """
 
     def __init__(self, run: RunConfig, mesh: Mesh):
@@ -53,6 +54,8 @@ class Program:
         self.networks = build_networks(run.model, dtype=run.dtype, remat=run.remat, attention=run.attention)
         parallel.check_batch(mesh, run.data.global_batch, run.micro_batches)
         parallel.check_heads(mesh, self.networks.transformer.config.num_attention_heads)
+        for size in run.data.sizes():
+            self._check_size(*size)
         boxed = self.networks.abstract()
         params = jax.tree.map(_placed, nn.unbox(boxed), parallel.param_shardings(boxed, mesh))
         run.tuning.check(params)
@@ -176,8 +179,6 @@ class Program:
             self.networks.transformer.config,
             **self._flop_sizes(source, size),
             aligned=self.networks.teacher is not None,
-            image_pass=source.image_pass > 0,
-            text_pass=source.text_pass > 0,
         )
 
     def recomputed_flops(self, source: SourceConfig, size: tuple[int, int] | None = None) -> int:
@@ -186,9 +187,10 @@ class Program:
             self.networks.transformer.config, self.run.remat, **self._flop_sizes(source, size)
         )
 
-    def frozen_flops(self) -> int:
+    def frozen_flops(self, source: SourceConfig) -> int:
         """Forward FLOPs of the text encoder for a batch: of masked captions, and of instructions if not cached."""
-        texts = self.run.data.global_batch * (1 if "instructions" in self.run.cached else 2)
+        per_sample = (source.text_pass > 0) + (source.image_pass > 0 and "instructions" not in self.run.cached)
+        texts = self.run.data.global_batch * per_sample
         return flops.text_encoder_flops(
             self.networks.text_encoder.config, texts=texts, tokens=self.run.data.text_length
         )
@@ -201,7 +203,21 @@ class Program:
             "image_tokens": (height // patch) * (width // patch),
             "text_tokens": self.run.data.text_length,
             "references": source.references,
+            "image_pass": source.image_pass > 0,
+            "text_pass": source.text_pass > 0,
         }
+
+    def _check_size(self, height: int, width: int) -> None:
+        factor = self.networks.codec.downsample
+        try:
+            if height % factor or width % factor:
+                raise ValueError(f"both sides must be multiples of {factor}, the autoencoder's factor")
+            check_latent_size(self.networks.transformer.config, *self.networks.latent_shape(height, width)[:2])
+        except ValueError as error:
+            raise ValueError(
+                f"data: images of {height} x {width} pixels: {error}. Change height and width, or of the buckets "
+                "side_multiple and max_aspect"
+            ) from None
 
     def _abstract_state(self, params: Any) -> TrainState:
         state = jax.eval_shape(lambda params: create_state(params, self.run.optimizer), params)
