@@ -28,8 +28,12 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
     config.attention = "auto"
     config.strategy = "fsdp"
     config.trained = ("transformer", "text_encoder")
+    config.after = config_dict.placeholder(str)
+    config.frozen = ()
+    config.lora = {"rank": 0, "targets": ("transformer/blocks/*/query",), "alpha": config_dict.placeholder(float)}
     config.init = config_dict.placeholder(str)
     config.init_average = True
+    config.cached = ()
     config.micro_batches = 1
 
     config.model = {
@@ -75,14 +79,17 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
             "vocab_size": VOCABULARY,
         },
     }
-    config.tokenizer = {"path": config_dict.placeholder(str), "learn_vocab_size": VOCABULARY}
+    config.tokenizer = {"path": config_dict.placeholder(str), "learn_vocab_size": VOCABULARY, "more_texts": ()}
     config.teacher_tokenizer = config_dict.placeholder(str)
 
     config.data = {
+        "root": "",
         "sources": {"photos": {"path": "data/photos/generate.jsonl", "task": "generate", "weight": 1.0}},
         "global_batch": 16,
         "height": IMAGE,
         "width": IMAGE,
+        "max_aspect": 1.0,  # all images are cropped to a square; more keeps their aspect, in buckets
+        "side_multiple": 8,
         "text_length": TEXT_LENGTH,
         "teacher_length": TEXT_LENGTH,
         "seed": config.get_ref("seed"),
@@ -99,6 +106,8 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
         "alignment_weight": 0.1,
         "temperature": 0.07,
         "semantic_depth": 2,
+        "time_shift": 1.0,
+        "image_loss": "x0",
         "text_dropout": 0.1,
         "reference_dropout": 0.0,
         "pool_padding": True,
@@ -114,6 +123,7 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
         "eps": 1e-8,
         "clip_norm": 1.0,
         "ema_rate": 0.99,
+        "ema_warmup": False,
     }
     config.log = {"every": 20, "samples_every": 500, "sample_count": 8, "sample_steps": 28, "guidance": 3.0}
     config.checkpoint = {"every": 500, "keep": 2, "keep_period": config_dict.placeholder(int)}

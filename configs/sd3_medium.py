@@ -1,32 +1,92 @@
 """UniAlignment at its published size, started from SD3-medium: 2.124 B parameters, 512 x 512 pixels.
 
-Values are those of the public training configuration. Before it runs, the pretrained parts are converted once:
+Before it runs, the pretrained parts are converted once:
 
     python launch/convert.py --to=jax --source=SD3_MEDIUM_DIRECTORY --teacher=QWEN2_5_VL_DIRECTORY --target=converted
+
+The stage `published` has the values of the public training configuration, the only ones that are known. The three
+stages of the paper's curriculum differ from it only in mixtures and lengths, of which nothing is published.
+
+    python launch/train.py --config=configs/sd3_medium.py:all --workdir=runs/sd3 --config.data.root=DIRECTORY
 """
 
 import ml_collections
 from ml_collections import config_dict
 
-STAGES = ("unify",)
+CURRICULUM = ("pretrain", "unify", "personalize")
+STEPS = {"published": 80_000, "pretrain": 80_000, "unify": 80_000, "personalize": 20_000}
 TEXT_LENGTH = 256
 IMAGE = 512  # pixels
 
 
-def get_config(stage: str = "unify") -> ml_collections.ConfigDict:
-    """The one stage: generation and editing (with perception) batches take turns; each also trains captioning."""
-    if stage not in STAGES:
-        raise ValueError(f"no stage {stage!r}; this config has {', '.join(STAGES)}")
+def get_config(stage: str = "published") -> ml_collections.ConfigDict:
+    """ "published", one of `CURRICULUM`, or "all": a section `stages` with each of these.
+
+    `data.root` is the directory of the sources' files; every source's `path` can also be set by itself.
+    """
+    root = config_dict.FieldReference("")
+    if stage == "all":
+        return ml_collections.ConfigDict(
+            {"stages": {name: _stage(name, root) for name in CURRICULUM}, "data": {"root": root}}
+        )
+    if stage not in STEPS:
+        raise ValueError(f"no stage {stage!r}; this config has {', '.join(STEPS)}, all")
+    return _stage(stage, root)
+
+
+def _source(path: str, task: str, weight: float, *, references: int = 0, format: str = "rows") -> dict:
+    return {
+        "path": path,
+        "format": format,
+        "task": task,
+        "references": references,
+        "weight": weight,
+        "image_pass": 1.0,  # published: every sample feeds both passes
+        "text_pass": 1.0,
+    }
+
+
+def _sources(stage: str) -> dict:
+    """The mixture of a stage; those of earlier stages are rehearsed."""
+    if stage == "published":  # the two take turns; perception is among the edits
+        return {
+            "generate": _source(config_dict.placeholder(str), "generate", 1.0),
+            "edit": _source(config_dict.placeholder(str), "edit", 1.0, references=1),
+        }
+    weights = {
+        "pretrain": {"generate": 1.0, "caption": 1.0},
+        "unify": {"generate": 1.0, "caption": 0.5, "edit": 1.0, "perceive": 0.5, "answer": 0.5},
+        "personalize": {
+            "generate": 0.5,
+            "caption": 0.25,
+            "edit": 0.5,
+            "perceive": 0.25,
+            "answer": 0.25,
+            "compose": 1.5,
+        },
+    }
+    references = {"edit": 1, "perceive": 1, "compose": 3}
+    return {
+        task: _source(f"{task}.jsonl", task, weight, references=references.get(task, 0))
+        for task, weight in weights[stage].items()
+    }
+
+
+def _stage(stage: str, root: config_dict.FieldReference) -> ml_collections.ConfigDict:
+    place = CURRICULUM.index(stage) if stage in CURRICULUM else 0
     config = ml_collections.ConfigDict()
     config.stage = stage
+    config.after = CURRICULUM[place - 1] if place else config_dict.placeholder(str)
     config.seed = 1234
-    config.steps = 80_000
+    config.steps = STEPS[stage]
     config.dtype = "bfloat16"
     config.remat = "dots"
     config.attention = "auto"
     config.strategy = "fsdp"
     config.trained = ("transformer",)
-    config.init = "converted"
+    config.frozen = ()
+    config.lora = {"rank": 0, "targets": ("transformer/blocks/*/query",), "alpha": config_dict.placeholder(float)}
+    config.init = config_dict.placeholder(str) if place else "converted"
     config.init_average = True
     config.cached = ()
     config.micro_batches = 1
@@ -88,18 +148,21 @@ def get_config(stage: str = "unify") -> ml_collections.ConfigDict:
             "vocab_size": 152_064,
         },
     }
-    config.tokenizer = {"path": "converted/tokenizer", "learn_vocab_size": config_dict.placeholder(int)}
+    config.tokenizer = {
+        "path": "converted/tokenizer",
+        "learn_vocab_size": config_dict.placeholder(int),
+        "more_texts": (),
+    }
     config.teacher_tokenizer = "converted/teacher_tokenizer"
 
-    # Sources of equal weight take turns.
     config.data = {
-        "sources": {
-            "generate": {"path": config_dict.placeholder(str), "task": "generate", "references": 0, "weight": 1.0},
-            "edit": {"path": config_dict.placeholder(str), "task": "edit", "references": 1, "weight": 1.0},
-        },
+        "root": root,
+        "sources": _sources(stage),
         "global_batch": 384,
         "height": IMAGE,
         "width": IMAGE,
+        "max_aspect": 1.0,  # all images are cropped to a square; more keeps their aspect, in buckets
+        "side_multiple": 64,
         "text_length": TEXT_LENGTH,
         "teacher_length": TEXT_LENGTH,
         "seed": config.get_ref("seed"),
@@ -116,6 +179,8 @@ def get_config(stage: str = "unify") -> ml_collections.ConfigDict:
         "alignment_weight": 0.1,
         "temperature": 0.07,
         "semantic_depth": 8,
+        "time_shift": 1.0,
+        "image_loss": "x0",
         "text_dropout": 0.1,
         "reference_dropout": 0.0,
         "pool_padding": True,
@@ -131,6 +196,7 @@ def get_config(stage: str = "unify") -> ml_collections.ConfigDict:
         "eps": 1e-8,
         "clip_norm": 2.0,
         "ema_rate": 0.9995,
+        "ema_warmup": False,
     }
     config.log = {"every": 20, "samples_every": 5000, "sample_count": 8, "sample_steps": 28, "guidance": 7.0}
     config.checkpoint = {"every": 5000, "keep": 3, "keep_period": 20_000}

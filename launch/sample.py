@@ -1,13 +1,19 @@
-"""Samples from a checkpoint, one of six tasks.
+"""Samples from a checkpoint, one of six tasks: one request, or a file of them on any number of hosts.
 
-    python launch/sample.py --checkpoint=runs/photos/photos --task=generate --prompt="a dog on a beach" --output=out
-    python launch/sample.py --checkpoint=... --task=edit --image=dog.png --prompt="make it night" --output=out
-    python launch/sample.py --checkpoint=... --task=perceive --image=dog.png --prompt="depth map" --output=out
-    python launch/sample.py --checkpoint=... --task=compose --image=dog.png,hat.png --prompt="dog in hat" --output=out
-    python launch/sample.py --checkpoint=... --task=caption --image=dog.png,cat.png --output=out
-    python launch/sample.py --checkpoint=... --task=answer --image=dog.png --prompt="what animal is it?" --output=out
+    python launch/sample.py --checkpoint=runs/photos/photos --task=generate --prompt="a dog" --output=out/dogs
+    python launch/sample.py --checkpoint=... --task=edit --image=dog.png --prompt="make it night" --output=out/edit
+    python launch/sample.py --checkpoint=... --task=perceive --image=dog.png --prompt="depth map" --output=out/perceive
+    python launch/sample.py --checkpoint=... --task=compose --image=dog.png,hat.png --prompt="hat on" --output=out/hat
+    python launch/sample.py --checkpoint=... --task=caption --image=dog.png,cat.png --output=out/caption
+    python launch/sample.py --checkpoint=... --task=answer --image=dog.png --prompt="what is it?" --output=out/answer
+    python launch/sample.py --checkpoint=... --task=generate --prompts=million.jsonl --output=gs://bucket/out
 
-Images are written as PNG, texts to texts.txt and to standard output.
+Images become PNG files with their prompt, seed and settings inside, or shards (--format); texts become JSONL, and are
+printed if they were asked for by flags. Started again with the same command, a run makes what is left of it. Prompts
+are lines of a text file, or JSONL rows {"prompt": ..., "image": ..., "seed": ...} as far as the task needs them.
+
+On several hosts, every host starts this command. On Cloud TPU, SLURM and Open MPI the processes find each other;
+elsewhere give --coordinator, --num_processes and --process_id.
 """  # fmt: skip
 
 from absl import flags
@@ -17,39 +23,87 @@ from unialign_jax import cli, compilation_cache
 TASKS = ("generate", "edit", "perceive", "compose", "caption", "answer")
 
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "A run's stage directory, a step in it, or a converted directory."
+    "checkpoint", None, "A run's stage directory, a step in it, a converted or public directory, or a shipped name."
 )
 _TASK = flags.DEFINE_enum("task", None, TASKS, "What to do.")
+_OUTPUT = flags.DEFINE_string("output", None, "Directory for what is made; created if absent.")
 _PROMPT = flags.DEFINE_string("prompt", None, "The text: what to draw, the instruction, or the question.")
 _IMAGE = flags.DEFINE_list("image", [], "Image files, separated by commas.")
-_OUTPUT = flags.DEFINE_string("output", None, "Directory for what is made; created if absent.")
-_COUNT = flags.DEFINE_integer("count", 1, "How many images to make, with seeds from --seed on.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the first item; item i has seed + i.", lower_bound=0)
-_STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; default as published: 50, or 32 for text.", lower_bound=1)
+_PROMPTS = flags.DEFINE_string("prompts", None, "Instead of --prompt and --image: a text or JSONL file of requests.")
+_COUNT = flags.DEFINE_integer("count", 1, "How often to make what flags ask for, with seeds from --seed on.", 1)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the first item; item i has seed + i.", 0)
+_STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; default as published: 50, or 32 for text.", 1)
 _GUIDANCE = flags.DEFINE_float("guidance", None, "Classifier-free guidance; default as published: 7, or 9 with images.")
+_REFERENCE_GUIDANCE = flags.DEFINE_float(
+    "reference_guidance", None, "Guidance on the reference images apart from the text's; 1, as published, is none."
+)
+_NEGATIVE = flags.DEFINE_string("negative_prompt", None, "What guidance leads away from; default as published.")
+_SIZE = flags.DEFINE_list("size", None, "Height,width in pixels; default: what the model was trained on.")
+_ASPECT = flags.DEFINE_string("aspect", None, "Width over height, such as 16:9, instead of --size.")
+_FAST = flags.DEFINE_bool("fast", False, "Texts: confidence-ordered decoding in 8 to 16 steps.")
+_PROTOCOL = flags.DEFINE_string(
+    "protocol", None, "Published protocol that sets what is left out; see docs/sampling.md."
+)
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ("bfloat16", "float32"), "Compute dtype.")
-_BATCH = flags.DEFINE_integer("batch", 8, "Most items worked on at once.", lower_bound=1)
+_AVERAGE = flags.DEFINE_bool("average", True, "Of a run, take the moving average of its parameters where there is one.")
+_BATCH = flags.DEFINE_integer("batch", None, "Items worked on at once, over all devices; default 8 a device.", 1)
+_STRATEGY = flags.DEFINE_string("strategy", "fsdp", "How the devices split weights and batch, as in training.")
+_FORMAT = flags.DEFINE_enum("format", "png", ("png", "array_record", "webdataset"), "What images are written as.")
+_SHARD_ROWS = flags.DEFINE_integer("shard_rows", 1024, "Rows of a shard, of formats that have them and of texts.", 1)
+_GRID = flags.DEFINE_integer("grid", 0, "Lay so many of the first images out in grid.png.", 0)
 _CACHE = flags.DEFINE_string("compilation_cache", None, compilation_cache.HELP)
+_PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where the processes meet.")
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
+_PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
 flags.mark_flags_as_required(["checkpoint", "task", "output"])
 
 
-def main() -> None:
-    from unialign_jax import sampling  # late: a wrong flag is said without loading JAX
+def _size() -> tuple[int, int] | None:
+    if _SIZE.value is None:
+        return None
+    if len(_SIZE.value) != 2 or not all(part.strip().isdigit() for part in _SIZE.value):
+        raise ValueError(f"--size={','.join(_SIZE.value)} is not of the form height,width")
+    return int(_SIZE.value[0]), int(_SIZE.value[1])
 
-    compilation_cache.enable(_CACHE.value)
-    sampling.sample_to_directory(
-        _CHECKPOINT.value,
-        _TASK.value,
-        _OUTPUT.value,
+
+def main() -> None:
+    from unialign_jax import distributed, sampling  # late: a wrong flag is said without loading JAX
+
+    options = {
+        "steps": _STEPS.value,
+        "guidance": _GUIDANCE.value,
+        "reference_guidance": _REFERENCE_GUIDANCE.value,
+        "negative_prompt": _NEGATIVE.value,
+        "size": _size(),
+        "aspect": _ASPECT.value,
+        "fast": _FAST.value or None,
+        "protocol": _PROTOCOL.value,
+    }
+    job = sampling.Job(
+        checkpoint=_CHECKPOINT.value,
+        task=_TASK.value,
+        output=_OUTPUT.value,
+        prompts=_PROMPTS.value,
         prompt=_PROMPT.value,
-        images=_IMAGE.value,
+        images=tuple(_IMAGE.value),
         count=_COUNT.value,
         seed=_SEED.value,
-        steps=_STEPS.value,
-        guidance=_GUIDANCE.value,
+        options={name: value for name, value in options.items() if value is not None},
         dtype=_DTYPE.value,
         batch=_BATCH.value,
+        strategy=_STRATEGY.value,
+        format=_FORMAT.value,
+        shard_rows=_SHARD_ROWS.value,
+        grid=_GRID.value,
+        average=_AVERAGE.value,
+        progress=_PROGRESS.value,
     )
+    distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    compilation_cache.enable(_CACHE.value)
+    result = sampling.sample(job)
+    for line in result.shown:
+        print(line)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
-"""Trains one stage of a config, or resumes it.
+"""Trains the stages of a config one after another, or one of them; started again, goes on where it was.
 
-    python launch/train.py --config=configs/photos_tiny.py --workdir=runs/photos [--config.key=value ...]
+    python launch/train.py --config=configs/scenes_tiny.py:all --workdir=runs/scenes
+        Every stage in turn, each from the one before. Keys are those of a stage: --config.stages.unify.steps=100
 
-A config file may take a stage after a colon: --config=configs/sd3_medium.py:unify
+    python launch/train.py --config=configs/scenes_tiny.py:unify --workdir=runs/scenes [--config.key=value ...]
+        One stage. It starts from the stage before it in the same --workdir, or from --config.init.
+
+A stage is named after a colon; a file with one stage needs none: --config=configs/photos_tiny.py
 
 Of a run on several hosts, every host starts this command. On Cloud TPU, SLURM and Open MPI the processes find each
 other; elsewhere give --coordinator, --num_processes and --process_id.
@@ -31,14 +35,13 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main() -> None:
     # Late: a wrong flag is said without loading JAX.
     from unialign_jax import distributed
-    from unialign_jax.training.loop import train
+    from unialign_jax.training import stages
     from unialign_jax.training.profiling import parse_steps
 
     profile_steps = parse_steps(_PROFILE.value)
     distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     compilation_cache.enable(_CACHE.value)
-    state = train(_CONFIG.value, _WORKDIR.value, profile_steps=profile_steps)
-    if int(state.step) < _CONFIG.value.steps:
+    if not stages.train(_CONFIG.value, _WORKDIR.value, profile_steps=profile_steps):
         sys.exit(_PREEMPTED.value)
 
 

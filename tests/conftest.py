@@ -9,13 +9,18 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The tests' programs are tiny: compiling them is most of the time, and this more than halves it.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_llvm_disable_expensive_passes=true"
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from unialign_jax import convert
+from unialign_jax.checkpoints import Checkpoints
+from unialign_jax.data.tokenizer import Tokenizer
 from unialign_jax.models.t5 import T5Config, T5Encoder
 from unialign_jax.models.unialign import TransformerConfig, UniAlign
+from unialign_jax.networks import build_networks
+from unialign_jax.state import TrainState
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -62,3 +67,42 @@ def text_encoder():
     public = json.loads((GOLDEN / "text_encoder" / "config.json").read_text())
     config = T5Config(**{field.name: public[field.name] for field in dataclasses.fields(T5Config)})
     return T5Encoder(config, dtype=jnp.float32), convert.load_torch(GOLDEN / "text_encoder", "text_encoder")
+
+
+@pytest.fixture(scope="session")
+def stage(tmp_path_factory):
+    """(directory, averaged parameters) of a training stage, as far as reading its model needs one."""
+    directory = tmp_path_factory.mktemp("run") / "stage"
+    model = {
+        "transformer": {
+            "sample_size": 8, "num_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2, "in_channels": 12,
+            "out_channels": 12, "joint_attention_dim": 16, "caption_projection_dim": 16, "pos_embed_max_size": 6,
+            "vocab_size": 40, "adapter_hidden": 8, "semantic_dim": 12, "mask_token_id": 39,
+        },
+        "text_encoder": {"vocab_size": 40, "d_model": 16, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2},
+        "pixel_codec": {"patch": 2},
+        "teacher": None,
+    }  # fmt: skip
+    Tokenizer.learn(["a red square on a green field", "a blue disc"], 40).save(directory / "tokenizer")
+    abstract = jax.eval_shape(build_networks(model).init, jax.random.key(0))
+    trained = {name: abstract[name] for name in ("transformer", "text_encoder")}
+    random = np.random.default_rng(0)
+    trained, average = (
+        jax.tree.map(lambda leaf: jnp.asarray(0.2 * random.standard_normal(leaf.shape, np.float32)), trained)
+        for _ in range(2)
+    )
+    config = {
+        "model": model, "trained": ("transformer", "text_encoder"), "seed": 0, "init_average": True,
+        "optimizer": {"ema_rate": 0.9}, "data": {"text_length": 8, "height": 16, "width": 16},
+    }  # fmt: skip
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        state = TrainState(jnp.int32(3), trained, {}, average)
+        checkpoints.save(3, state, {}, {"config": config, "init": None})
+    return directory, average
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--sampling-prompts", type=int, default=20, help="Rows of the sampling runs that are killed and restarted."
+    )
+    parser.addoption("--sampling-kills", type=int, default=1, help="How often they are killed.")

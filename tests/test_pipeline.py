@@ -246,7 +246,7 @@ def test_a_session_of_edits(pipeline):
         (lambda p: p.generate("a", output="tensor"), "choose 'pil', 'array' or 'latent'"),
         (lambda p: p.generate("a", protocol="mine"), "protocol 'mine' is unknown; choose one of unialignment"),
         (lambda p: p.generate("a", seed=[1.5]), "seeds in"),
-        (lambda p: p.answer(picture(0), "red " * 100), "question 0 fills the 96 tokens"),
+        (lambda p: p.answer(picture(0), "red " * 100), "fills the 96 tokens"),
         (lambda p: p.warm_up(["paint"]), "tasks .'paint'. are unknown"),
     ],
 )

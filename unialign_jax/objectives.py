@@ -29,11 +29,18 @@ class Objective:
         with the teacher share one).
       temperature: of the contrastive loss.
       semantic_depth: block after which the adapters read the streams.
+      image_pass, text_pass: factors of all terms of one pass, set for each source of the data. At 0 the pass is not
+        run at all, and neither is the contrastive term, which needs both; published: every sample feeds both.
+      time_shift: moves the image pass's noise levels toward noise, see `flow_matching.shift_levels`; published: 1.
+      image_loss: what the image term compares, of `flow_matching.LOSS_SPACES`; published: "x0".
       text_dropout: probability that a sample's text condition becomes that of " ".
       reference_dropout: probability that a sample loses its references; 0 is published.
       pool_padding: whether the pooled text features (of the adapter and of the contrastive loss) average padding in, as
         published, or only what comes before it.
       mask_token_id, end_token_id: ids of the mask and of the end token that pads the text.
+
+    Raises:
+      ValueError: a value out of its range.
     """
 
     image_weight: float = 1.0
@@ -42,11 +49,25 @@ class Objective:
     alignment_weight: float = 0.1
     temperature: float = 0.07
     semantic_depth: int = 8
+    image_pass: float = 1.0
+    text_pass: float = 1.0
+    time_shift: float = 1.0
+    image_loss: str = "x0"
     text_dropout: float = 0.1
     reference_dropout: float = 0.0
     pool_padding: bool = True
     mask_token_id: int = 32099
     end_token_id: int = 1
+
+    def __post_init__(self):
+        if self.image_pass < 0 or self.text_pass < 0 or self.image_pass == self.text_pass == 0:
+            raise ValueError(
+                f"image_pass is {self.image_pass} and text_pass {self.text_pass}; expected 0 or more, and one above 0"
+            )
+        if self.time_shift <= 0:
+            raise ValueError(f"time_shift is {self.time_shift}, expected more than 0 (1 is as published)")
+        if self.image_loss not in flow_matching.LOSS_SPACES:
+            raise ValueError(f"image_loss is {self.image_loss!r}; choose one of {flow_matching.LOSS_SPACES}")
 
     def __call__(
         self, transformer: Transformer, encode_text: EncodeText, features: Features, draws: Draws
@@ -65,7 +86,7 @@ class Objective:
 
         Returns:
           The weighted sum and the terms by name (`image`, `text`, `contrastive`, and with a teacher `image_align`,
-          `text_align`), float32 scalars, unweighted.
+          `text_align`; only those of passes that run), float32 scalars, unweighted.
         """
         size = features.caption_ids.shape[0]
         masked_ids = masked_text.mask_tokens(
@@ -73,57 +94,66 @@ class Objective:
         )
         dropped = (draws.text_drop < self.text_dropout)[:, None]
         if features.instruction_states is not None:
-            caption = encode_text(masked_ids)
+            texts = []
             instruction = jnp.where(dropped[..., None], features.null_states, features.instruction_states)
         else:
             # A dropped condition is the text " ": the encoder reads each row by itself, so its ids can be replaced.
-            ids = jnp.where(dropped, features.null_ids, features.instruction_ids)
+            texts = [jnp.where(dropped, features.null_ids, features.instruction_ids)] if self.image_pass else []
+        texts += [masked_ids] if self.text_pass else []
+        if texts:
             # One call of the encoder for both texts, interleaved: a batch that is split over devices stays split.
-            pairs = jnp.stack([ids, masked_ids], axis=1)
-            states = encode_text(pairs.reshape(2 * size, -1)).reshape(*pairs.shape, -1)
-            instruction, caption = states[:, 0], states[:, 1]
+            rows = jnp.stack(texts, axis=1)
+            states = encode_text(rows.reshape(len(texts) * size, -1)).reshape(*rows.shape, -1)
+            caption = states[:, -1]
+            if features.instruction_states is None:
+                instruction = states[:, 0]
         depth = self.semantic_depth if features.teacher_image is not None else None
-        pool_mask = None if self.pool_padding else _before_padding(features.caption_ids, self.end_token_id)
+        terms, weights = {}, {}
 
-        sigma = flow_matching.noise_levels(draws.image_time)
-        noisy = flow_matching.add_noise(features.target, draws.noise, sigma)
-        image_pass = transformer(
-            noisy,
-            instruction,
-            sigma * flow_matching.NUM_TRAIN_TIMES,
-            references=features.references,
-            reference_mask=self._kept_references(features, draws),
-            semantic_depth=depth,
-            want_text=False,
-        )
-        text_pass = transformer(features.target, caption, jnp.zeros((size,)), semantic_depth=depth, want_image=False)
+        if self.image_pass:
+            sigma = flow_matching.noise_levels(draws.image_time)
+            if self.time_shift != 1:
+                sigma = flow_matching.shift_levels(sigma, self.time_shift)
+            noisy = flow_matching.add_noise(features.target, draws.noise, sigma)
+            image_pass = transformer(
+                noisy,
+                instruction,
+                sigma * flow_matching.NUM_TRAIN_TIMES,
+                references=features.references,
+                reference_mask=self._kept_references(features, draws),
+                semantic_depth=depth,
+                want_text=False,
+            )
+            terms["image"] = flow_matching.loss(image_pass.image, noisy, features.target, sigma, space=self.image_loss)
+            weights["image"] = self.image_weight * self.image_pass
+            if depth is not None:
+                terms["image_align"] = alignment_loss(image_pass.image_semantic, features.teacher_image)
+                weights["image_align"] = self.alignment_weight * self.image_pass
 
-        terms = {
-            "image": flow_matching.loss(image_pass.image, noisy, features.target, sigma),
-            "text": masked_text.loss(
+        if self.text_pass:
+            text_pass = transformer(
+                features.target, caption, jnp.zeros((size,)), semantic_depth=depth, want_image=False
+            )
+            terms["text"] = masked_text.loss(
                 text_pass.text_logits,
                 masked_ids,
                 features.caption_ids,
                 draws.text_time,
                 features.caption_loss_mask,
                 self.mask_token_id,
-            ),
-            "contrastive": contrastive_loss(
-                mean_tokens(image_pass.image_hidden),
-                mean_tokens(text_pass.text_hidden, pool_mask),
-                self.temperature,
-            ),
-        }
-        total = (
-            self.image_weight * terms["image"]
-            + self.text_weight * terms["text"]
-            + self.contrastive_weight * terms["contrastive"]
-        )
-        if depth is not None:
-            terms["image_align"] = alignment_loss(image_pass.image_semantic, features.teacher_image)
-            terms["text_align"] = alignment_loss(text_pass.text_semantic, features.teacher_text)
-            total = total + self.alignment_weight * (terms["image_align"] + terms["text_align"])
-        return total, terms
+            )
+            weights["text"] = self.text_weight * self.text_pass
+            if depth is not None:
+                terms["text_align"] = alignment_loss(text_pass.text_semantic, features.teacher_text)
+                weights["text_align"] = self.alignment_weight * self.text_pass
+
+        if self.image_pass and self.text_pass:
+            pool_mask = None if self.pool_padding else _before_padding(features.caption_ids, self.end_token_id)
+            terms["contrastive"] = contrastive_loss(
+                mean_tokens(image_pass.image_hidden), mean_tokens(text_pass.text_hidden, pool_mask), self.temperature
+            )
+            weights["contrastive"] = self.contrastive_weight
+        return sum(weights[name] * term for name, term in terms.items()), terms
 
     def _kept_references(self, features: Features, draws: Draws) -> jax.Array | None:
         """The reference mask, bool `[B, N]`, False throughout where a sample loses its references."""

@@ -65,8 +65,9 @@ class UniAlignPipeline:
           params: by name; placed on the mesh if they are not there already.
           tokenizer, text_length, size, shift, progress: see the class.
           mesh: see `parallel.make_mesh`; None: that of the parameters, or the first device.
-          max_batch, single_size: most items worked on at once, and whether smaller batches are filled up to it instead
-            of getting smaller programs (powers of two times the parts that the mesh splits a batch into).
+          max_batch, single_size: most items worked on at once (but at least one for each part that the mesh splits a
+            batch into), and whether smaller batches are filled up to it instead of getting smaller programs (powers of
+            two times the parts).
 
         Raises:
           ValueError: a mesh that does not divide the heads or the batch.
@@ -164,6 +165,22 @@ class UniAlignPipeline:
         inputs.as_list(image, question, "image", "question")
         return self._texts(image, question, **options)
 
+    def encode_question(self, question: str, protocol: str | presets.Protocol = "unialignment"):
+        """The ids int32 `[T]` of a question in a protocol's words, and where they stand, bool `[T]`.
+
+        Raises:
+          ValueError: it is so long that no room is left for an answer.
+        """
+        preset = presets.protocol(protocol)
+        length = min(self.text_length, preset.answer_length)
+        ids, learned = self.tokenizer.encode_prompted(preset.question.format(question), "", length)
+        if learned.sum() < 2:
+            raise ValueError(
+                f"a question in its protocol's words fills the {length} tokens of a text and leaves no room for an "
+                f"answer; shorten {question[:60]!r}"
+            )
+        return ids, ~learned
+
     def warm_up(
         self,
         tasks: Sequence[str] = TASKS,
@@ -245,7 +262,8 @@ class UniAlignPipeline:
         rows = [seeds, np.stack([self.tokenizer.encode(text, self.text_length) for text in prompts])]
         if references is not None:
             rows += inputs.reference_pixels(references, height, width)
-        self.batches.check_same([len(prompts), 0 if references is None else rows[2].shape[1], height, width, steps])
+        if gather:
+            self.batches.check_same([len(prompts), 0 if references is None else rows[2].shape[1], height, width, steps])
 
         made = programs.image_programs(self.networks, self.mesh)
         branches = 3 if reference_guidance != 1 else 2 if guidance != 1 else 1
@@ -312,15 +330,10 @@ class UniAlignPipeline:
         if question is not None:
             questions = inputs.check_texts([question] if single else list(question), "question")
             for i, text in enumerate(questions):
-                ids[i], learned = self.tokenizer.encode_prompted(preset.question.format(text), "", length)
-                known[i] = ~learned
-                if learned.sum() < 2:
-                    raise ValueError(
-                        f"question {i} fills the {length} tokens of a text and leaves no room for an answer; shorten "
-                        f"{text[:60]!r}"
-                    )
+                ids[i], known[i] = self.encode_question(text, preset)
         pictures = np.stack([inputs.pixels(item, height, width) for item in images])
-        self.batches.check_same([len(images), 0, height, width, steps])
+        if gather:
+            self.batches.check_same([len(images), 0, height, width, steps])
         program = programs.text_program(
             self.networks, self.mesh, steps, fast, self.tokenizer.mask_id, self.tokenizer.end_id
         )

@@ -16,6 +16,7 @@ from unialign_jax.convert import ConversionError, open_pipeline, store
 from unialign_jax.data.tokenizer import Tokenizer
 from unialign_jax.networks import Networks, build_networks
 from unialign_jax.tree_checks import describe_differences, flat_leaves
+from unialign_jax.tuning import Tuning
 
 # The published length of all texts, and the side of its images: what a converted directory is sampled with.
 PUBLISHED_TEXT_LENGTH = 256
@@ -179,23 +180,41 @@ def _converted_params(path: epath.Path, abstract: Mapping[str, Any], shardings: 
 
 
 def _step_params(path: epath.Path, abstract: Mapping[str, Any], average: bool) -> dict[str, Any]:
-    """Networks of one step of a run: the trained ones from the checkpoint, the others from where the run had them."""
+    """Networks of one step of a run: what it trained from the checkpoint, the rest from where the run had it."""
     step = int(path.name)
     with Checkpoints(path.parent, read_only=True) as checkpoints:
         meta = checkpoints.meta(step)
         config = meta["config"]
+        tuning = Tuning.of(config)
         which = "ema" if average and config["optimizer"]["ema_rate"] > 0 else "params"
-        trained = {name: tree for name, tree in abstract.items() if name in config["trained"]}
+        trained = tuning.trained_of(abstract)
         params = checkpoints.restore_params(trained, which=which, step=step) if trained else {}
-    rest = {name: tree for name, tree in abstract.items() if name not in trained}
+    frozen = tuning.frozen_of(abstract)
+    rest = {name: abstract[name] for name, tree in frozen.items() if jax.tree.leaves(tree)}
     if rest:
         networks = build_networks(config["model"])
         saved = {name: tree for name, tree in nn.unbox(networks.abstract()).items() if name in rest}
         if differences := describe_differences(flat_leaves(saved), flat_leaves(rest)):
             raise ValueError(f"{path}: its frozen networks are not the config's: {differences}")
         init_key, _ = jax.random.split(jax.random.key(config["seed"]))
-        params |= initial_params(networks, init_key, rest, meta["init"], average=config["init_average"])
-    return params
+        start = start_of(meta, path.parent.parent)
+        frozen |= tuning.frozen_of(initial_params(networks, init_key, rest, start, average=config["init_average"]))
+    return tuning.merge(frozen, params)
+
+
+def start_of(meta: Mapping[str, Any], stage_directory: epath.Path) -> str | None:
+    """What a run started from, by the record in its checkpoints: an exact place, or None.
+
+    A stage of the same working directory is recorded relative to it, so that the working directory can be moved.
+    """
+    recorded = meta["init"]
+    return str(stage_directory.parent / recorded[3:]) if recorded and recorded.startswith("../") else recorded
+
+
+def record_of(start: str | None, stage_directory: epath.Path) -> str | None:
+    """The record that `start_of` reads."""
+    workdir = f"{stage_directory.parent}/"
+    return f"../{start.removeprefix(workdir)}" if start and start.startswith(workdir) else start
 
 
 def _placed(networks: Networks, dtype: Any, mesh: Mesh | None) -> dict[str, Any]:

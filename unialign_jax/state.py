@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from unialign_jax.tuning import ADAPTERS
+
 Params = Any
 
 # Parameters without a gradient, which weight decay leaves alone as well: the fixed position features, and the null
@@ -20,7 +22,7 @@ class TrainState:
     """Everything a checkpoint holds of the model; all leaves are arrays.
 
     step: int32 scalar, number of finished updates.
-    params: trained networks by name, float32.
+    params: what is trained of the networks, by name, float32 (see `tuning.Tuning`).
     opt_state: optax state of the same layout.
     ema: exponential moving average of `params`, float32, or None if none is kept.
     """
@@ -44,6 +46,8 @@ class OptimizerConfig:
       b1, b2, eps: Adam's constants.
       clip_norm: largest global gradient norm.
       ema_rate: of the moving average; 0 keeps none.
+      ema_warmup: starts with a short average, of rate (1 + n) / (10 + n) after n steps until that reaches `ema_rate`:
+        for runs so short that the average would still hold the first parameters.
     """
 
     learning_rate: float = 3e-5
@@ -56,6 +60,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     clip_norm: float = 2.0
     ema_rate: float = 0.9995
+    ema_warmup: bool = False
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
@@ -74,7 +79,7 @@ def _decayed(params: Params, matrices_only: bool) -> Params:
         name = str(path[-1].key)
         if name in UNTRAINED:
             return False
-        return not matrices_only or name in ("kernel", "embedding")
+        return not matrices_only or name in ("kernel", "embedding", *ADAPTERS)
 
     return jax.tree_util.tree_map_with_path(decide, params)
 
@@ -107,6 +112,9 @@ def apply_gradients(state: TrainState, grads: Params, config: OptimizerConfig) -
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema is not None:
+        pull = 1 - config.ema_rate
+        if config.ema_warmup:
+            pull = jnp.maximum(pull, 9 / (10 + state.step))
         # In this form a parameter that does not move leaves its average exactly where it is.
-        ema = jax.tree.map(lambda average, new: average + (1 - config.ema_rate) * (new - average), ema, params)
+        ema = jax.tree.map(lambda average, new: average + pull * (new - average), ema, params)
     return TrainState(state.step + 1, params, opt_state, ema)

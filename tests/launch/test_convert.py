@@ -6,15 +6,11 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unialign_jax.checkpoints import Checkpoints
 from unialign_jax.convert import load_torch
 from unialign_jax.data.tokenizer import Tokenizer
-from unialign_jax.networks import build_networks
-from unialign_jax.state import TrainState
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -48,39 +44,8 @@ def test_there_and_back(convert, golden, tmp_path):
         assert (tmp_path / "torch" / f"{file}.safetensors").exists()
 
 
-@pytest.fixture
-def run(tmp_path):
-    """The directory of a training stage, as far as reading its model needs one, and its averaged parameters."""
-    model = {
-        "transformer": {
-            "sample_size": 8, "num_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2, "in_channels": 12,
-            "out_channels": 12, "joint_attention_dim": 16, "caption_projection_dim": 16, "pos_embed_max_size": 6,
-            "vocab_size": 40, "adapter_hidden": 8, "semantic_dim": 12, "mask_token_id": 39,
-        },
-        "text_encoder": {"vocab_size": 40, "d_model": 16, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2},
-        "pixel_codec": {"patch": 2},
-        "teacher": None,
-    }  # fmt: skip
-    Tokenizer.learn(["a red square on a green field", "a blue disc"], 40).save(tmp_path / "stage/tokenizer")
-    abstract = jax.eval_shape(build_networks(model).init, jax.random.key(0))
-    trained = {name: abstract[name] for name in ("transformer", "text_encoder")}
-    random = np.random.default_rng(0)
-    trained, average = (
-        jax.tree.map(lambda leaf: jnp.asarray(0.2 * random.standard_normal(leaf.shape, np.float32)), trained)
-        for _ in range(2)
-    )
-    config = {
-        "model": model, "trained": ("transformer", "text_encoder"), "seed": 0, "init": None,
-        "optimizer": {"ema_rate": 0.9},
-        "data": {"text_length": 8, "height": 16, "width": 16},
-    }  # fmt: skip
-    with Checkpoints(tmp_path / "stage/checkpoints") as checkpoints:
-        checkpoints.save(3, TrainState(jnp.int32(3), trained, {}, average), {}, {"config": config})
-    return tmp_path / "stage", average
-
-
-def test_a_training_run_becomes_a_pytorch_directory(convert, run, tmp_path):
-    directory, average = run
+def test_a_training_run_becomes_a_pytorch_directory(convert, stage, tmp_path):
+    directory, average = stage
     done = convert(to="torch", source=directory, target=tmp_path / "torch")
     assert done.returncode == 0, done.stderr
     written = load_torch(tmp_path / "torch/transformer", "transformer")
@@ -88,8 +53,8 @@ def test_a_training_run_becomes_a_pytorch_directory(convert, run, tmp_path):
     assert Tokenizer.load(tmp_path / "torch/tokenizer").vocab_size == 40
 
 
-def test_the_parameters_themselves_and_the_comparison_with_pytorch(convert, run, tmp_path):
-    directory, average = run
+def test_the_parameters_themselves_and_the_comparison_with_pytorch(convert, stage, tmp_path):
+    directory, average = stage
     done = convert(to="torch", source=directory, target=tmp_path / "torch", average=False, check=True, steps=2)
     assert done.returncode == 0, done.stderr
     written = load_torch(tmp_path / "torch/transformer", "transformer")

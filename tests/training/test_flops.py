@@ -1,6 +1,7 @@
 """The analytic count, against the parameters it multiplies, and against what XLA counts in an unrolled network."""
 
 import dataclasses
+import functools
 import math
 
 import flax.linen as nn
@@ -8,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from unialign_jax.models.t5 import T5Config
 from unialign_jax.models.unialign import TransformerConfig, UniAlign
-from unialign_jax.training import flops
+from unialign_jax.training import flops, hlo
 
 SMALL = TransformerConfig(
     sample_size=16,
@@ -149,3 +151,46 @@ def test_published_size_is_where_it_should_be():
     assert 1.0 < counted / rule < 1.25
     deeper = dataclasses.replace(config, num_layers=48)
     assert flops.image_pass_flops(deeper, 1024, 256) > 1.9 * flops.image_pass_flops(config, 1024, 256)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_what_a_policy_computes_again_is_what_the_program_has_more_of(remat):
+    """Counted in the compiled gradient, loops unrolled, against the same network that keeps everything."""
+    config = dataclasses.replace(SMALL, num_layers=3)
+
+    def counted(policy):
+        network = UniAlign(config, dtype=jnp.float32, remat=policy)
+
+        def loss(params, latents, states):
+            out = network.apply({"params": params}, latents, states, jnp.ones(1), want_text=False)
+            return jnp.mean(out.image**2)
+
+        arguments = (
+            abstract_params(config),
+            jax.ShapeDtypeStruct((1, SIDE, SIDE, config.in_channels), jnp.float32),
+            jax.ShapeDtypeStruct((1, TEXT, config.joint_attention_dim), jnp.float32),
+        )
+        module = hlo.Module(jax.jit(jax.grad(loss)).lower(*arguments).compile().as_text())
+        return sum(module.flops(step) * step.times for step in module.steps())
+
+    def again(policy):
+        sizes = {"batch": 1, "image_tokens": IMAGE, "text_tokens": TEXT, "references": 0, "text_pass": False}
+        return flops.recomputed_flops(config, policy, **sizes)
+
+    expected = again(remat) - again("none")
+    assert counted(remat) - counted("none") == pytest.approx(expected, rel=0.02)
+
+
+def test_text_encoder_counts_every_kernel_and_both_attention_products():
+    config = T5Config(vocab_size=50, d_model=24, d_kv=8, d_ff=40, num_layers=3, num_heads=2)
+    kernels = 24 * 16 * 3 + 16 * 24 + 24 * 40 * 3
+    expected = 5 * 3 * (2 * 7 * kernels + 2 * 2 * 7 * 7 * 16)
+    assert flops.text_encoder_flops(config, texts=5, tokens=7) == expected
+
+
+def test_a_pass_that_is_left_out_does_not_count():
+    count = functools.partial(
+        flops.train_step_flops, SMALL, batch=2, image_tokens=IMAGE, text_tokens=TEXT, references=1, aligned=True
+    )
+    assert count(text_pass=False) + count(image_pass=False) == count()
+    assert count(text_pass=False) > 3 * 2 * flops.image_pass_flops(SMALL, IMAGE, TEXT, references=1)

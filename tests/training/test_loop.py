@@ -186,6 +186,22 @@ def test_a_resumed_run_equals_the_uninterrupted_one(finished, corpus, tmp_path):
     assert files["again"][6, "loss"].simple_value == pytest.approx(files["first"][6, "loss"].simple_value, rel=1e-6)
 
 
+def test_one_unusable_image_in_a_hundred_ends_no_run_and_wide_images_have_a_bucket(tmp_path, capsys):
+    scenes.write_corpus(tmp_path / "corpus", count=100, size=16, chosen=["generate", "edit"])
+    images = tmp_path / "corpus" / "images"
+    (images / "generate_000042.png").write_bytes(b"no image")
+    for i in range(50, 100):
+        Image.new("RGB", (32, 8), (i, i, i)).save(images / f"generate_{i:06d}.png")
+    changes = {"data.max_aspect": 4.0, "data.side_multiple": 8, "steps": 30, "checkpoint.every": 30}
+    config = make_config(tmp_path / "corpus", **changes)
+    config.data.sources = {"draw": config.data.sources["draw"]}
+    state = loop.train(config, tmp_path / "run")
+    assert int(state.step) == 30
+    output = capsys.readouterr().out
+    assert "generate.jsonl: 1 of 120 rows read refused" in output and "not an image: 1" in output
+    assert "line 43: " in output and output.count("compiled the step") == 2
+
+
 def test_a_stage_starts_from_another_ones_parameters(finished, corpus, tmp_path, capsys):
     first, state, _ = finished
     config = make_config(corpus, stage="second", init=str(first / "photos"), steps=1, seed=7)

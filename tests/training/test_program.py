@@ -57,6 +57,22 @@ def test_state_is_the_real_one_and_moments_follow_their_parameters():
     assert state.step.sharding.spec == moments[0].count.sharding.spec == PartitionSpec()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.height": 67}, "images of 67 x 48 pixels: both sides must be multiples of 2"),
+        ({"data.height": 66}, "images of 66 x 48 pixels: latent size 33x24 must be a multiple of the patch size 2"),
+        (
+            {"data.max_aspect": 8.0, "data.side_multiple": 4},
+            r"images of 20 x 112 pixels: latent size 10x56 needs 5x28 positions; .*pos_embed_max_size",
+        ),
+    ],
+)
+def test_images_and_buckets_that_the_networks_can_not_take_are_refused(changes, message):
+    with pytest.raises(ValueError, match=f"data: {message}.*side_multiple and max_aspect"):
+        make_program(**changes)
+
+
 # Reviewed by people: how every leaf of the published size is split.
 PLANS = [
     ("fsdp", 256),
@@ -122,5 +138,6 @@ def test_what_the_mesh_does_not_divide_is_refused_before_anything_runs(strategy,
 def test_a_network_that_is_not_there_cannot_be_trained():
     program = make_program()
     run = dataclasses.replace(program.run, model=dict(program.run.model) | {"teacher": None}, trained=("teacher",))
-    with pytest.raises(ValueError, match="trained names teacher, but the model has only autoencoder, text_encoder"):
+    message = "trained: 'teacher' matches no parameter of the model, which has autoencoder, text_encoder, transformer"
+    with pytest.raises(ValueError, match=message):
         Program(run, program.mesh)

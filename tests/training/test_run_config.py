@@ -99,7 +99,7 @@ def changed(path: str, value) -> ml_collections.ConfigDict:
         ("optimizer", 3, r"optimizer: expected a section, found 3"),
         ("data.sources", 3, r"data\.sources: expected one section per source"),
         ("data.prefetch", 0, r"data: prefetch is 0, expected 1 or more"),
-        ("trained", ("decoder",), r"trained is \('decoder',\), expected one or more of transformer"),
+        ("trained", (), r"trained is empty"),
         ("trained", (3,), r"trained\[0\]: expected str, found 3"),
         ("objective.mask_token_id", 5, r"objective\.mask_token_id: not a key of the config"),
         ("tokenizer.path", "dir", r"tokenizer: set exactly one of path and learn_vocab_size"),

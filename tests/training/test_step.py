@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unialign_jax.batch import Batch
+from unialign_jax.batch import Batch, to_unit_range
 from unialign_jax.networks import build_networks
 from unialign_jax.objectives import Objective
 from unialign_jax.state import OptimizerConfig, apply_gradients, create_state
@@ -194,3 +194,44 @@ def test_no_average_is_kept_when_its_rate_is_zero():
     params = {"kernel": jnp.ones((2, 2))}
     state = apply_gradients(create_state(params, config), params, config)
     assert state.ema is None
+
+
+@pytest.mark.parametrize("references", [0, 2])
+def test_what_a_cache_provides_changes_nothing(references):
+    """Losses, gradients and update are those of the step that encodes everything itself."""
+    networks, params, frozen = setup()
+    whole = batch(references=references)
+    everything = {**params, **frozen}
+    images = np.concatenate([whole.target[:, None], *([] if not references else [whole.references])], axis=1)
+    moments = networks.codec.moments({}, to_unit_range(jnp.asarray(images.reshape(-1, *images.shape[2:]))))
+    cached = Batch(
+        caption_ids=whole.caption_ids,
+        caption_loss_mask=whole.caption_loss_mask,
+        reference_mask=whole.reference_mask,
+        moments=moments.reshape(*images.shape[:2], *moments.shape[1:]),
+        instruction_states=networks.encode_text(everything, whole.instruction_ids),
+        null_states=networks.encode_text(everything, whole.null_ids[None])[0],
+        teacher_image=networks.teacher.image_vectors(frozen["teacher"], to_unit_range(jnp.asarray(whole.target))),
+        teacher_text=networks.teacher.text_vectors(frozen["teacher"], whole.teacher_ids, whole.teacher_mask),
+    )
+    state, key = create_state(params, OPTIMIZER), jax.random.key(3)
+    for micro_batches in (1, 2):
+        step = step_of(micro_batches=micro_batches)
+        (one, metrics), (other, cached_metrics) = (step(state, frozen, b, key) for b in (whole, cached))
+        for name, value in metrics.items():
+            np.testing.assert_allclose(cached_metrics[name], value, rtol=1e-5, err_msg=name)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), one.params, other.params)
+    # What is cached needs no network: only the text encoder, for the masked captions, is still read.
+    step_of()(state, {"text_encoder": frozen["text_encoder"]}, cached, key)
+
+
+def test_the_average_can_start_short():
+    """By option its rate is (1 + n) / (10 + n) after n steps, up to the one configured."""
+    config = OptimizerConfig(learning_rate=0.1, warmup_steps=0, ema_rate=0.2, ema_warmup=True)
+    state = create_state({"x": {"kernel": jnp.ones((1, 1))}}, config)
+    average = 1.0
+    for step in range(5):
+        state = apply_gradients(state, {"x": {"kernel": jnp.ones((1, 1))}}, config)
+        rate = min((1 + step) / (10 + step), 0.2)
+        average = rate * average + (1 - rate) * float(state.params["x"]["kernel"][0, 0])
+        np.testing.assert_allclose(state.ema["x"]["kernel"][0, 0], average, rtol=1e-6)

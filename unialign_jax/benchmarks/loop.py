@@ -2,7 +2,8 @@
 
 Both run the same program on the same batches, made beforehand (the input pipeline has a benchmark of its own), and take
 turns; saves are not timed. The loop is `training.loop.train` itself: its pace is read off the moments at which it asks
-for batches.
+for batches. The processor time of its thread is measured too: it does not depend on what else the machine is doing, and
+what it is more than the bare step's is the most that the loop could add, if the device never ran ahead of it.
 """
 
 import functools
@@ -27,7 +28,7 @@ from unialign_jax.training import run_config
 from unialign_jax.training.loop import train
 from unialign_jax.training.program import Program
 
-_STEPS = 60  # timed in each turn
+_STEPS = 50  # timed in each turn
 _WARM_UP = 10
 _ROUNDS = 7
 _RECORDED = 8  # batches
@@ -38,8 +39,10 @@ def run() -> dict[str, Any]:
     """Times bare steps and the loop in turns.
 
     Returns:
-      `bare_step_seconds` and `loop_step_seconds` by round, and of `ratio`, each round's loop over the mean of the bare
-      turns before and after it, the median and the quartiles.
+      `bare_step_seconds`, `loop_step_seconds` and the processor time of the thread, `bare_host_seconds` and
+      `loop_host_seconds`, per step, by round; of `ratio`, each round's loop over the mean of the bare turns before and
+      after it, the median and the quartiles; `host_share`, the loop's additional processor time over the bare step,
+      from the medians.
     """
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
@@ -53,13 +56,24 @@ def run() -> dict[str, Any]:
         for number in range(1, _ROUNDS + 1):
             loop.append(_loop_turn(config, folder / str(number), made))
             bare.append(bare_turn())
-    ratios = [2 * x / sum(around) for x, around in zip(loop, itertools.pairwise(bare), strict=True)]
+    return summary(bare, loop)
+
+
+def summary(bare: list[tuple[float, float]], loop: list[tuple[float, float]]) -> dict[str, Any]:
+    """The results of `run` from (seconds, processor seconds) per step: one more turn of bare steps than of the loop."""
+    ratios = [2 * x[0] / (a[0] + b[0]) for x, (a, b) in zip(loop, itertools.pairwise(bare), strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
+    times = {
+        f"{name}_{kind}_seconds": [round(turn[index], 6) for turn in turns]
+        for name, turns in {"bare": bare, "loop": loop}.items()
+        for index, kind in enumerate(("step", "host"))
+    }
+    usual = {name: statistics.median(values) for name, values in times.items()}
     return {
         "steps_per_turn": _STEPS,
-        "bare_step_seconds": [round(x, 6) for x in bare],
-        "loop_step_seconds": [round(x, 6) for x in loop],
+        **times,
         "ratio": {"median": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)]},
+        "host_share": round((usual["loop_host_seconds"] - usual["bare_host_seconds"]) / usual["bare_step_seconds"], 4),
     }
 
 
@@ -70,18 +84,20 @@ class _Replayed:
         while len(made) < _RECORDED:
             made.append(next(batches))
         self._batches, self._made = batches, itertools.cycle(made)
-        self.times: list[float] = []
+        self.times: list[tuple[float, float]] = []
 
     def __next__(self) -> dict[str, np.ndarray]:
-        self.times.append(time.perf_counter())
+        self.times.append((time.perf_counter(), time.thread_time()))
         return next(self._made)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._batches, name)
 
 
-def _loop_turn(config: ml_collections.ConfigDict, workdir: pathlib.Path, made: list[dict[str, np.ndarray]]) -> float:
-    """Seconds per step of a run of the loop."""
+def _loop_turn(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, made: list[dict[str, np.ndarray]]
+) -> tuple[float, float]:
+    """Seconds and processor seconds per step of a run of the loop."""
     replayed = []
 
     def make(*args: Any, **kwargs: Any) -> _Replayed:
@@ -90,11 +106,11 @@ def _loop_turn(config: ml_collections.ConfigDict, workdir: pathlib.Path, made: l
 
     train(config, workdir, make_batches=make)
     times = replayed[0].times
-    return (times[-1] - times[-1 - _STEPS]) / _STEPS
+    return tuple((end - start) / _STEPS for start, end in zip(times[-1 - _STEPS], times[-1], strict=True))
 
 
 class _Bare:
-    """The same program on the same batches and nothing else; a call gives seconds per step."""
+    """The same program on the same batches and nothing else; a call gives seconds and processor seconds per step."""
 
     def __init__(self, config: ml_collections.ConfigDict, tokenizer: Tokenizer, made: list[dict[str, np.ndarray]]):
         run = run_config.read(config)
@@ -108,14 +124,15 @@ class _Bare:
         self._batches = itertools.cycle([program.place(arrays, null_ids) for arrays in made])
         self._step = program.lower(run.data.sources[0], end_token_id=tokenizer.end_id).compile()
 
-    def __call__(self) -> float:
+    def __call__(self) -> tuple[float, float]:
         for number in range(_WARM_UP + _STEPS):
             if number == _WARM_UP:
                 jax.block_until_ready(self._state)
-                begin = time.perf_counter()
+                begin = time.perf_counter(), time.thread_time()
             self._state, _ = self._step(self._state, self._frozen, next(self._batches), self._key)
         jax.block_until_ready(self._state)
-        return (time.perf_counter() - begin) / _STEPS
+        end = time.perf_counter(), time.thread_time()
+        return tuple((b - a) / _STEPS for a, b in zip(begin, end, strict=True))
 
 
 def _config(rows: pathlib.Path) -> ml_collections.ConfigDict:

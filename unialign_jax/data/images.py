@@ -203,7 +203,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if transparent:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def _deep_to_rgb(image: Image.Image) -> Image.Image:

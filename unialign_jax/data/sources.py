@@ -53,6 +53,8 @@ class SourceConfig:
       references: how many reference images its batches have room for. Rows with fewer are padded and masked, rows with
         more are refused. Edit and perceive rows need 1, compose rows as many as they have at most.
       weight: share of the batches, relative to the other sources' weights.
+      image_pass, text_pass: what its samples train, see `objectives.Objective`: factors of the losses of the two
+        passes; at 0 that pass does not run. Published: every sample feeds both.
       split: of a TFDS dataset.
       fields: of a TFDS dataset that this package has not made, which of its features make a sample, see `TfdsSource`.
       data_dir: where TFDS datasets given by name are kept; None: where TFDS keeps them.
@@ -66,6 +68,8 @@ class SourceConfig:
     task: str | None = None
     references: int = 0
     weight: float = 1.0
+    image_pass: float = 1.0
+    text_pass: float = 1.0
     split: str = "train"
     fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
     data_dir: str | None = None
@@ -77,6 +81,11 @@ class SourceConfig:
             raise ValueError(f"{self.path}: weight is {self.weight}, expected more than 0")
         if self.references < 0:
             raise ValueError(f"{self.path}: references is {self.references}, expected 0 or more")
+        if self.image_pass < 0 or self.text_pass < 0 or self.image_pass == self.text_pass == 0:
+            raise ValueError(
+                f"{self.path}: image_pass is {self.image_pass} and text_pass {self.text_pass}; expected 0 or more of "
+                "each, and one above 0"
+            )
 
 
 def open_source(config: SourceConfig) -> Source:

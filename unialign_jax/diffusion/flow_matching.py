@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 NUM_TRAIN_TIMES = 1000
+LOSS_SPACES = ("x0", "velocity")
 
 Velocity = Callable[[jax.Array, jax.Array, Any], jax.Array]
 
@@ -26,6 +27,11 @@ def noise_levels(u: jax.Array) -> jax.Array:
     """Draws `u` in (0, 1) -> sigma in {1/1000 .. 1}, float32: the training times are the 1000 discrete ones."""
     index = jnp.clip(jnp.floor(u * NUM_TRAIN_TIMES), 0, NUM_TRAIN_TIMES - 1)
     return (NUM_TRAIN_TIMES - index) / NUM_TRAIN_TIMES
+
+
+def shift_levels(sigma: Any, shift: float) -> Any:
+    """Noise levels moved toward noise, `shift sigma / (1 + (shift - 1) sigma)` (SD3 section 5.3.2); 1 moves nothing."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def _per_sample(sigma: jax.Array, like: jax.Array) -> jax.Array:
@@ -43,9 +49,19 @@ def clean_estimate(noisy: jax.Array, velocity: jax.Array, sigma: jax.Array) -> j
     return noisy - _per_sample(sigma, noisy) * velocity
 
 
-def loss(velocity: jax.Array, noisy: jax.Array, clean: jax.Array, sigma: jax.Array) -> jax.Array:
-    """Mean squared error of the x0 estimate (the published objective; weight 1 at every time): a float32 scalar."""
+def loss(velocity: jax.Array, noisy: jax.Array, clean: jax.Array, sigma: jax.Array, *, space: str = "x0") -> jax.Array:
+    """Mean squared error of the estimate, a float32 scalar.
+
+    Args:
+      velocity: predicted, `[B, ...]`.
+      noisy, clean: latents at `sigma` and at 0, float32 `[B, ...]`.
+      sigma: noise levels above 0, float32 `[B]`.
+      space: a member of `LOSS_SPACES`: "x0" compares clean latents (published), "velocity" velocities. As the error of
+        x0 is sigma times that of the velocity, the second weighs a sample 1 / sigma^2 times as much.
+    """
     error = clean_estimate(noisy, velocity.astype(jnp.float32), sigma) - clean
+    if space == "velocity":
+        error = error / _per_sample(sigma, error)
     return jnp.mean(jnp.square(error))
 
 
@@ -61,13 +77,10 @@ def euler_sigmas(num_steps: int, shift: float = 3.0) -> np.ndarray:
     if num_steps < 1 or shift <= 0:
         raise ValueError(f"num_steps must be at least 1 and shift above 0, not {num_steps} and {shift}")
 
-    def shifted(sigma):
-        return shift * sigma / (1 + (shift - 1) * sigma)
-
     # The public scheduler keeps its table in float32 and spreads the steps over times in [0, 1000].
-    lowest = shifted(np.float32(1 / NUM_TRAIN_TIMES))
+    lowest = shift_levels(np.float32(1 / NUM_TRAIN_TIMES), shift)
     times = np.linspace(NUM_TRAIN_TIMES, np.float32(lowest * NUM_TRAIN_TIMES), num_steps)
-    return np.append(shifted(times / NUM_TRAIN_TIMES), 0).astype(np.float32)
+    return np.append(shift_levels(times / NUM_TRAIN_TIMES, shift), 0).astype(np.float32)
 
 
 def guided_runs(

@@ -16,7 +16,7 @@ from unialign_jax.models.attention_kernels import LANES, PADDING, cudnn, cudnn_r
 from unialign_jax.models.layers import matmul_precision
 from unialign_jax.parallel import BATCH_AXES, RULES
 
-BACKENDS = ("auto", "cudnn", "splash", "xla")
+BACKENDS = ("auto", "cpu", "cudnn", "splash", "xla")
 SEQUENCE_AXIS, HEADS_AXIS = RULES["sequence"], RULES["heads"]
 
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None], jax.Array]
@@ -33,11 +33,14 @@ def attend(
         of its own segment. Padding and absent references carry a segment of their own, so real tokens never see them.
       backend: one of `BACKENDS`.
         "xla": plain einsums, anywhere; keeps the `[B, H, S, S]` weights in memory.
+        "cpu": one head of one sample after the other, in a few megabytes: XLA gives products with batch axes to its own
+          loops on CPUs, plain ones to a library that is several times as fast.
         "splash": the TPU kernel; on other platforms it is interpreted, which is exact and slow. "splash:640" sets the
         side of its blocks, in tokens.
         "cudnn": the kernel of NVIDIA GPUs; bfloat16 and float16 only.
         "auto": the kernel of the platform that the program is traced for, "xla" where that one cannot serve (said once
-        in the log, for it costs time and memory) and for sequences of up to 128 tokens, which no kernel helps.
+        in the log, for it costs time and memory) and, off the CPU, for sequences of up to 128 tokens, which no kernel
+        helps.
 
     Returns:
       `[B, S, H, D]` in the query's dtype; the softmax is taken in float32.
@@ -58,7 +61,7 @@ def attend(
             f"{heads} attention heads cannot be split over the mesh's {HEADS_AXIS!r} axis of {axes[HEADS_AXIS]}; "
             "choose an axis size that divides the heads"
         )
-    kernel = cudnn
+    kernel = {"cpu": _head_by_head, "cudnn": cudnn}.get(name)
     if name == "splash":
         if platform != "tpu":
             _warn_once(f"attention backend 'splash' is interpreted on {platform}: for tests, not for speed")
@@ -86,6 +89,8 @@ def _platform() -> str:
 
 def _choose(query: jax.Array, platform: str) -> str:
     """The backend that "auto" stands for."""
+    if platform == "cpu":
+        return "cpu"
     if platform not in ("tpu", "gpu", "cuda") or query.shape[1] <= LANES:
         return "xla"
     if platform == "tpu":
@@ -115,6 +120,30 @@ def _xla(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array
         logits = jnp.where(same, logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, value, precision=precision)
+
+
+def _head_by_head(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segments: jax.Array | None,
+    key_segments: jax.Array | None,
+) -> jax.Array:
+    """As `_xla`, in a loop over samples and heads whose body is plain matrix products."""
+    batch, length, heads, size = query.shape
+    precision = matmul_precision(query.dtype)
+    rows = tuple(jnp.swapaxes(x, 1, 2).reshape(batch * heads, -1, size) for x in (query, key, value))
+    ids = None if segments is None else tuple(jnp.repeat(x, heads, axis=0) for x in (segments, key_segments))
+
+    def one(operands):
+        (query, key, value), ids = operands
+        logits = jnp.dot(query, key.T, precision=precision, preferred_element_type=jnp.float32) * size**-0.5
+        if ids is not None:
+            logits = jnp.where(ids[0][:, None] == ids[1][None, :], logits, jnp.finfo(jnp.float32).min)
+        return jnp.dot(jax.nn.softmax(logits, axis=-1).astype(query.dtype), value, precision=precision)
+
+    attended = jax.lax.map(one, (rows, ids))
+    return jnp.swapaxes(attended.reshape(batch, heads, length, size), 1, 2)
 
 
 def _mesh_axes() -> dict[str, int]:

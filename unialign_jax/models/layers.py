@@ -6,8 +6,12 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from unialign_jax.parallel import gathered, weight_gradient
+
+# Name of every linear layer's product, for `jax.checkpoint` policies by name.
+PRODUCTS = "products"
 
 
 def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
@@ -62,7 +66,7 @@ class Dense(nn.Module):
             (x.shape[-1], self.features),
             jnp.float32,
         )
-        y = _matmul(x.astype(self.dtype), kernel.astype(self.dtype), self.axes)
+        y = checkpoint_name(_matmul(x.astype(self.dtype), kernel.astype(self.dtype), self.axes), PRODUCTS)
         if self.use_bias:
             bias = self.param(
                 "bias",

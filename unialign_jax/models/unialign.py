@@ -15,7 +15,7 @@ import numpy as np
 
 from unialign_jax.models.attention import attend
 from unialign_jax.models.attention_kernels import RESIDUALS
-from unialign_jax.models.layers import Dense, RMSNorm, layer_norm, mean_tokens
+from unialign_jax.models.layers import PRODUCTS, Dense, RMSNorm, layer_norm, mean_tokens
 from unialign_jax.parallel import constrain
 
 NUM_NULL_TOKENS = 8
@@ -26,12 +26,10 @@ ZEROS = nn.initializers.zeros_init()
 # What a block keeps for the backward pass. Memory and recomputation of each: docs/training.md.
 REMAT_POLICIES = {
     "none": None,  # everything is kept
-    "dots+attention": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(RESIDUALS),
-    ),  # results of matmuls and of the attention kernel are kept, only elementwise work is redone
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # matmul results are kept, attention is redone
-    "attention": jax.checkpoint_policies.save_only_these_names(RESIDUALS),  # all but the attention kernel is redone
+    # Results of linear layers and of the attention kernel are kept; norms and activations are done again.
+    "dots+attention": jax.checkpoint_policies.save_only_these_names(PRODUCTS, RESIDUALS),
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCTS),  # attention is done again too
+    "attention": jax.checkpoint_policies.save_only_these_names(RESIDUALS),  # linear layers are done again
     "full": jax.checkpoint_policies.nothing_saveable,  # only the block's inputs are kept
 }
 

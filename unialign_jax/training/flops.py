@@ -23,9 +23,17 @@ BACKWARD_TO_FORWARD = 2
 
 
 def train_step_flops(
-    config: TransformerConfig, *, batch: int, image_tokens: int, text_tokens: int, references: int, aligned: bool
+    config: TransformerConfig,
+    *,
+    batch: int,
+    image_tokens: int,
+    text_tokens: int,
+    references: int,
+    aligned: bool,
+    image_pass: bool = True,
+    text_pass: bool = True,
 ) -> int:
-    """FLOPs that one update of the transformer needs: both passes, forward and backward.
+    """FLOPs that one update of the transformer needs: the passes that run, forward and backward.
 
     The frozen encoders, the optimizer and anything recomputed do not count, as is usual for model FLOPs.
 
@@ -36,13 +44,14 @@ def train_step_flops(
       text_tokens: text length T.
       references: number of reference images N; absent ones count as present, since shapes are static.
       aligned: whether the semantic adapters run.
+      image_pass, text_pass: whether that pass runs.
     """
     image = image_pass_flops(config, image_tokens, text_tokens, references)
     text = text_pass_flops(config, image_tokens, text_tokens)
     if aligned:
         adapter = 2 * (config.width * config.adapter_hidden + config.adapter_hidden * config.semantic_dim)
         image, text = image + adapter, text + adapter
-    return (1 + BACKWARD_TO_FORWARD) * batch * (image + text)
+    return (1 + BACKWARD_TO_FORWARD) * batch * (image * image_pass + text * text_pass)
 
 
 def image_pass_flops(config: TransformerConfig, image_tokens: int, text_tokens: int, references: int = 0) -> int:
@@ -79,7 +88,15 @@ def _stream(width: int, tokens: int, joint: int, read: int) -> int:
 
 
 def recomputed_flops(
-    config: TransformerConfig, remat: str, *, batch: int, image_tokens: int, text_tokens: int, references: int
+    config: TransformerConfig,
+    remat: str,
+    *,
+    batch: int,
+    image_tokens: int,
+    text_tokens: int,
+    references: int,
+    image_pass: bool = True,
+    text_pass: bool = True,
 ) -> int:
     """FLOPs that one update computes a second time, or for nothing: what a remat policy costs, and the kernel.
 
@@ -87,13 +104,17 @@ def recomputed_flops(
     and backward. A flash kernel computes the scores once more for its backward pass under every policy.
 
     Args:
+      config: the transformer's shape.
       remat: a key of `models.unialign.REMAT_POLICIES`.
-      config, batch, image_tokens, text_tokens, references: as for `train_step_flops`.
+      batch, image_tokens, text_tokens, references, image_pass, text_pass: as for `train_step_flops`.
     """
+    passes = []
+    if image_pass:
+        passes.append((image_tokens * (1 + references), {"read_image": image_tokens, "read_text": 0}))
+    if text_pass:
+        passes.append((image_tokens, {"read_image": 0, "read_text": text_tokens}))
     total = 0
-    image_pass = (image_tokens * (1 + references), {"read_image": image_tokens, "read_text": 0})
-    text_pass = (image_tokens, {"read_image": 0, "read_text": text_tokens})
-    for images, read in (image_pass, text_pass):
+    for images, read in passes:
         joint = images + text_tokens
         block = _stream(config.width, images, joint, images) + _stream(config.width, text_tokens, joint, text_tokens)
         needed = _trunk(config, images, text_tokens, **read)

@@ -21,9 +21,9 @@ from unialign_jax.batch import Batch
 from unialign_jax.checkpoints import Checkpoints
 from unialign_jax.data.pipeline import Batches, make_batches, merge_states
 from unialign_jax.data.samples import Refused
-from unialign_jax.data.sources import open_source
+from unialign_jax.data.sources import SourceConfig, open_source
 from unialign_jax.data.tokenizer import PlainTokenizer, Tokenizer
-from unialign_jax.networks import Networks
+from unialign_jax.networks import Networks, Params
 from unialign_jax.state import TrainState, create_state
 from unialign_jax.training import run_config, saved_config, writers
 from unialign_jax.training.metrics import DelayedMetrics, Stopwatch, progress_line
@@ -37,6 +37,7 @@ def train(
     config: ml_collections.ConfigDict,
     workdir: epath.PathLike,
     *,
+    start: epath.PathLike | None = None,
     profile_steps: tuple[int, int] | None = None,
     make_batches: Callable[..., Batches] = make_batches,
 ) -> TrainState:
@@ -45,6 +46,7 @@ def train(
     Args:
       config: see `run_config.RunConfig`; `configs/` has examples.
       workdir: the stage's files go to a sub-directory named after it.
+      start: what to start from where the config's `init` does not say.
       profile_steps: first and last step to record for XProf, see `profiling.StepProfiler`.
       make_batches: makes the input pipeline; the loop's benchmark puts recorded batches in its place.
 
@@ -77,9 +79,12 @@ def train(
         resume_step = latest if run.resume_step is None else run.resume_step
         # Exactly where it started, however far that run has gone on: what is not trained comes from there each time.
         if resume_step is None:
-            init = run.init and agreement.primary(lambda: str(pretrained.locate(run.init)), FileNotFoundError)
+            start = start if run.init is None else run.init
+            if start is None and run.after is not None:
+                raise ValueError(f"stage {run.stage!r} goes on from {run.after!r}; say where that is, or set init")
+            init = start and str(pretrained.locate(start))
         else:
-            init = checkpoints.meta(resume_step)["init"]
+            init = pretrained.start_of(checkpoints.meta(resume_step), directory)
 
         # Text becomes ids. The tokenizer is part of the run: samplers of its checkpoints read it from the directory.
         tokenizer = _make_tokenizer(run, init, directory / "tokenizer", resuming=resume_step is not None)
@@ -104,12 +109,16 @@ def train(
         start_from = functools.partial(
             pretrained.initial_params, networks, init_key, source=init, average=run.init_average
         )
-        frozen = start_from(program.frozen)
+        params = start_from({name: program.params[name] for name in program.frozen})
+        frozen = run.tuning.frozen_of(params)
         if resume_step is None:
-            params = start_from(program.state.params)
+            params |= start_from({name: tree for name, tree in program.params.items() if name not in params})
             shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
-            create = functools.partial(create_state, config=run.optimizer)
-            state = jax.jit(create, out_shardings=shardings, donate_argnums=0)(params)
+
+            def create(params: Params, key: jax.Array) -> TrainState:
+                return create_state(run.tuning.trained_of(params, key), run.optimizer)
+
+            state = jax.jit(create, out_shardings=shardings)(params, init_key)
         else:
             state, data_state, _ = checkpoints.restore(
                 program.state, resume_step, accept=lambda meta: _accept(meta, saved_as, run)
@@ -117,11 +126,12 @@ def train(
             batches.set_state(data_state)
             if newer := checkpoints.set_aside_after(resume_step):
                 logging.warning("steps %s were moved to %s-set-aside", newer, checkpoints.directory)
+        del params
         start = step = int(state.step)
         meta = {
             "stage": run.stage,
             "config": saved_as,
-            "init": init,
+            "init": pretrained.record_of(init, directory),
             "data": batches.get_state()["fingerprints"],
             "versions": saved_config.library_versions(),
         }
@@ -137,7 +147,7 @@ def train(
             say(f"{'started' if start else 'starts'} from {init}")
 
         # The loop. The host never waits for the step it has just queued, only for one some steps before.
-        compiled: dict[Batch, Any] = {}
+        compiled: dict[tuple[Batch, float, float], Any] = {}
         window, watch = DelayedMetrics(), Stopwatch()
         profiler = StepProfiler(profile_steps if speaks else None, directory)
         stack.callback(profiler.close)
@@ -149,7 +159,7 @@ def train(
                 arrays = next(batches)
             batch = program.place(arrays, null_ids)
             size = arrays["target"].shape[1:3]
-            bucket = program.batch(source, size)
+            bucket = (program.batch(source, size), source.image_pass, source.text_pass)
             if bucket not in compiled:
                 with watch.paused():
                     begin = time.perf_counter()
@@ -181,8 +191,8 @@ def train(
                     checkpoints.save(step, state, merge_states(agreement.gather(batches.get_state())), meta)
             if held_batch is not None and (last or step % run.log.samples_every == 0) and not stopping:
                 window.drain()
-                with watch.paused():
-                    params = {**frozen, **(state.params if state.ema is None else state.ema)}
+                with watch.paused(), jax.set_mesh(program.mesh):
+                    params = run.tuning.merge(frozen, state.params if state.ema is None else state.ema)
                     images, text = sample_grid(networks, params, tokenizer, held_batch, run.log)
                     writer.write_images(step, {"samples": images})
                     writer.write_texts(step, {"captions": text})
@@ -217,7 +227,7 @@ def _make_tokenizer(run: RunConfig, init: str | None, directory: epath.Path, *, 
 
 def _texts(run: RunConfig):
     """All texts of the sources, for learning a tokenizer. Rows that can't be used are reported while training."""
-    for source in run.data.sources:
+    for source in (*run.data.sources, *map(SourceConfig, run.tokenizer.more_texts)):
         rows = open_source(source)
         for index in range(len(rows)):
             try:

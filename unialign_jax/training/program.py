@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from unialign_jax import parallel
 from unialign_jax.batch import Batch
 from unialign_jax.data.sources import SourceConfig
+from unialign_jax.models.unialign import check_latent_size
 from unialign_jax.networks import build_networks
 from unialign_jax.state import TrainState, create_state, make_optimizer
 from unialign_jax.training import flops
@@ -39,12 +40,13 @@ class Program:
     Attributes:
       run, mesh: as given.
       networks: built from `run.model`.
-      state, frozen, key: the step's arguments as trees of `jax.ShapeDtypeStruct` with shardings. `frozen` holds the
-        parameters, float32, of the networks that the step reads and does not train.
+      params: the parameters of the networks that the step reads, by name, float32, as trees of `jax.ShapeDtypeStruct`
+        with shardings.
+      state, frozen, key: the step's arguments, as such trees. `frozen` holds those of `params` that are not trained.
 
     Raises:
-      ValueError: networks that can't be built, or a batch, heads or parameters that the mesh does not divide. Nothing
-        has been compiled or allocated by then.
+      ValueError: networks that can't be built, image sizes that they can't take, or a batch, heads or parameters that
+        the mesh does not divide. Nothing has been compiled or allocated by then.
     """
 
     def __init__(self, run: RunConfig, mesh: Mesh):
@@ -52,18 +54,20 @@ class Program:
         self.networks = build_networks(run.model, dtype=run.dtype, remat=run.remat, attention=run.attention)
         parallel.check_batch(mesh, run.data.global_batch, run.micro_batches)
         parallel.check_heads(mesh, self.networks.transformer.config.num_attention_heads)
+        for size in run.data.sizes():
+            self._check_size(*size)
         boxed = self.networks.abstract()
-        if absent := [name for name in run.trained if name not in boxed]:
-            raise ValueError(f"trained names {', '.join(absent)}, but the model has only {', '.join(boxed)}")
         params = jax.tree.map(_placed, nn.unbox(boxed), parallel.param_shardings(boxed, mesh))
-        self.state = self._abstract_state({name: params[name] for name in run.trained})
+        run.tuning.check(params)
         # The text encoder is always read: it encodes the masked captions.
         unread = {CACHED[part] for part in run.cached if part != "instructions"}
-        self.frozen = {name: tree for name, tree in params.items() if name not in {*run.trained, *unread}}
+        self.params = {name: tree for name, tree in params.items() if name not in unread}
+        self.state = self._abstract_state(run.tuning.trained_of(self.params))
+        self.frozen = run.tuning.frozen_of(self.params)
         self.key = self._whole(jax.eval_shape(jax.random.key, 0))
 
     def batch(self, source: SourceConfig, size: tuple[int, int] | None = None) -> Batch:
-        """The global batch of a source, abstract. Sources whose batches are equal share one compiled step.
+        """The global batch of a source, abstract. Sources with equal batches and passes share one compiled step.
 
         Args:
           source: whose batch.
@@ -141,9 +145,17 @@ class Program:
           source, size: see `batch`.
           end_token_id: id that ends and pads texts, of the run's tokenizer.
         """
-        mask_token_id = self.networks.transformer.config.mask_token_id
-        objective = dataclasses.replace(self.run.objective, mask_token_id=mask_token_id, end_token_id=end_token_id)
-        step = make_train_step(self.networks, objective, self.run.optimizer, micro_batches=self.run.micro_batches)
+        run = self.run
+        objective = dataclasses.replace(
+            run.objective,
+            mask_token_id=self.networks.transformer.config.mask_token_id,
+            end_token_id=end_token_id,
+            image_pass=source.image_pass,
+            text_pass=source.text_pass,
+        )
+        step = make_train_step(
+            self.networks, objective, run.optimizer, merge=run.tuning.merge, micro_batches=run.micro_batches
+        )
         arguments = (self.state, self.frozen, self.batch(source, size), self.key)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, arguments)
         outputs = (shardings[0], parallel.replicated(self.mesh))
@@ -175,9 +187,10 @@ class Program:
             self.networks.transformer.config, self.run.remat, **self._flop_sizes(source, size)
         )
 
-    def frozen_flops(self) -> int:
+    def frozen_flops(self, source: SourceConfig) -> int:
         """Forward FLOPs of the text encoder for a batch: of masked captions, and of instructions if not cached."""
-        texts = self.run.data.global_batch * (1 if "instructions" in self.run.cached else 2)
+        per_sample = (source.text_pass > 0) + (source.image_pass > 0 and "instructions" not in self.run.cached)
+        texts = self.run.data.global_batch * per_sample
         return flops.text_encoder_flops(
             self.networks.text_encoder.config, texts=texts, tokens=self.run.data.text_length
         )
@@ -190,7 +203,21 @@ class Program:
             "image_tokens": (height // patch) * (width // patch),
             "text_tokens": self.run.data.text_length,
             "references": source.references,
+            "image_pass": source.image_pass > 0,
+            "text_pass": source.text_pass > 0,
         }
+
+    def _check_size(self, height: int, width: int) -> None:
+        factor = self.networks.codec.downsample
+        try:
+            if height % factor or width % factor:
+                raise ValueError(f"both sides must be multiples of {factor}, the autoencoder's factor")
+            check_latent_size(self.networks.transformer.config, *self.networks.latent_shape(height, width)[:2])
+        except ValueError as error:
+            raise ValueError(
+                f"data: images of {height} x {width} pixels: {error}. Change height and width, or of the buckets "
+                "side_multiple and max_aspect"
+            ) from None
 
     def _abstract_state(self, params: Any) -> TrainState:
         state = jax.eval_shape(lambda params: create_state(params, self.run.optimizer), params)

@@ -6,14 +6,17 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from etils import epath
+
+from unialign_jax import storage
 from unialign_jax.data.pipeline import DataConfig, SourceConfig
 from unialign_jax.objectives import Objective
 from unialign_jax.state import OptimizerConfig
+from unialign_jax.tuning import LoraConfig, Tuning
 
 CACHED = {"latents": "autoencoder", "instructions": "text_encoder", "teacher": "teacher"}  # part -> who makes it
-NETWORKS = ("transformer", "text_encoder", "autoencoder", "teacher")
-# Not configured: the first two follow from the tokenizer.
-_OBJECTIVE_FROM_TOKENIZER = ("mask_token_id", "end_token_id")
+# Not configured: the tokenizer has the first two, every source its own of the others.
+_OBJECTIVE_FROM_ELSEWHERE = ("mask_token_id", "end_token_id", "image_pass", "text_pass")
 
 
 class ConfigError(ValueError):
@@ -28,10 +31,12 @@ class TokenizerConfig:
       path: directory of a saved tokenizer.
       learn_vocab_size: learn one of this size from the captions of the data, once, at the start of the run. A run that
         starts from another (`RunConfig.init`) takes over that one's tokenizer instead: parameters go with their ids.
+      more_texts: JSONL rows to learn from as well, those of stages that will take the tokenizer over.
     """
 
     path: str | None = None
     learn_vocab_size: int | None = None
+    more_texts: tuple[str, ...] = ()
 
     def __post_init__(self):
         if (self.path is None) == (self.learn_vocab_size is None):
@@ -91,12 +96,14 @@ class RunConfig:
       seed: of initialisation and of every draw of the losses.
       steps: updates in all.
       model: the networks, as `networks.build_networks` takes them.
-      data: what is trained on; its sources are named, and terms of the loss are reported by these names too.
+      data: what is trained on; its sources are named, and terms of the loss are reported by these names too. The
+        config's `data.root` is a directory that the paths of sources and of `tokenizer.more_texts` are relative to.
       source_names: the names, in the order of `data.sources`.
       objective, optimizer: see their classes; the mask and end tokens follow from the tokenizer.
       tokenizer: of the text encoder.
       teacher_tokenizer: directory of the teacher's; None: the teacher reads the text encoder's ids.
-      trained: which networks are trained, of `NETWORKS`; the rest is frozen.
+      after: name of the stage that this one goes on from, see `stages`; None: it starts from `init` alone.
+      trained, frozen, lora: which parameters are trained, see `tuning.Tuning`.
       init: what to start from: a run's stage directory (its newest step), a step in one, or a converted directory;
         None: random.
       init_average: of a run, start from the moving average of its parameters where one was kept.
@@ -122,7 +129,10 @@ class RunConfig:
     optimizer: OptimizerConfig
     tokenizer: TokenizerConfig
     teacher_tokenizer: str | None = None
+    after: str | None = None
     trained: tuple[str, ...] = ("transformer",)
+    frozen: tuple[str, ...] = ()
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     init: str | None = None
     init_average: bool = True
     cached: tuple[str, ...] = ()
@@ -139,32 +149,62 @@ class RunConfig:
     def __post_init__(self):
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}, expected 1 or more")
-        if not self.trained or set(self.trained) - set(NETWORKS):
-            raise ValueError(f"trained is {self.trained}, expected one or more of {', '.join(NETWORKS)}")
+        if not self.trained:
+            raise ValueError("trained is empty, expected networks or patterns of parameters")
         if set(self.cached) - set(CACHED):
             raise ValueError(f"cached is {self.cached}, expected some of {', '.join(CACHED)}")
-        if stale := [part for part in self.cached if CACHED[part] in self.trained]:
+        if stale := [part for part in self.cached if self.tuning.changes(CACHED[part])]:
             raise ValueError(f"cached has {', '.join(stale)}, whose network is trained: a cache would be out of date")
 
+    @property
+    def tuning(self) -> Tuning:
+        """The split of the parameters in trained and frozen ones."""
+        return Tuning(self.trained, self.frozen, self.lora)
 
-def read(config: Any) -> RunConfig:
+
+def read(config: Any, name: str = "") -> RunConfig:
     """Checks a `ConfigDict`, as a config file returns it, against the dataclasses.
+
+    Args:
+      config: of one stage.
+      name: of the section that it is in a config of several, for messages.
 
     Raises:
       ConfigError: an unknown key, a missing one, a wrong type or a value out of its range; the message names the key.
     """
+    prefix = f"{name}." if name else ""
     fields = config.to_dict()
-    fixed = [f"objective.{key}" for key in _OBJECTIVE_FROM_TOKENIZER if key in fields.get("objective", {})]
+    fixed = [f"objective.{key}" for key in _OBJECTIVE_FROM_ELSEWHERE if key in fields.get("objective", {})]
     if fixed or "source_names" in fields:
-        raise ConfigError(f"{(fixed or ['source_names'])[0]}: not a key of the config, it follows from other keys")
+        raise ConfigError(
+            f"{prefix}{(fixed or ['source_names'])[0]}: not a key of the config, it follows from other keys"
+        )
     if isinstance(fields.get("data"), Mapping) and isinstance(fields["data"].get("sources"), Mapping):
-        sources = fields["data"]["sources"]
-        named = {name: _build(SourceConfig, source, f"data.sources.{name}") for name, source in sources.items()}
+        sources = _below_root(fields)
+        named = {name: _build(SourceConfig, source, f"{prefix}data.sources.{name}") for name, source in sources.items()}
         fields["data"] = {**fields["data"], "sources": tuple(named.values())}
         fields["source_names"] = tuple(named)
     else:
-        raise ConfigError("data.sources: expected one section per source, by name")
-    return _build(RunConfig, fields, "")
+        raise ConfigError(f"{prefix}data.sources: expected one section per source, by name")
+    return _build(RunConfig, fields, name)
+
+
+def _below_root(fields: dict[str, Any]) -> dict[str, Any]:
+    """The sources, their paths below `data.root`; likewise those that a tokenizer is learned from, in place."""
+    root = fields["data"].pop("root", "")
+
+    def below(path: Any) -> Any:
+        joins = root and isinstance(path, str) and not storage.is_remote(path)
+        return str(epath.Path(root) / path) if joins else path
+
+    sources = fields["data"]["sources"]
+    for source in sources.values():
+        if isinstance(source, dict) and source.get("format") != "tfds":
+            source["path"] = below(source.get("path"))
+    tokenizer = fields.get("tokenizer")
+    if isinstance(tokenizer, dict) and isinstance(tokenizer.get("more_texts"), tuple):
+        tokenizer["more_texts"] = tuple(map(below, tokenizer["more_texts"]))
+    return sources
 
 
 def _build(kind: type, fields: Any, name: str) -> Any:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from unialign_jax import tuning
 from unialign_jax.batch import Batch, sample_draws
 from unialign_jax.networks import Networks, Params
 from unialign_jax.objectives import Objective
@@ -16,12 +17,18 @@ Metrics = dict[str, jax.Array]
 
 
 def make_train_step(
-    networks: Networks, objective: Objective, optimizer: OptimizerConfig, *, micro_batches: int = 1
+    networks: Networks,
+    objective: Objective,
+    optimizer: OptimizerConfig,
+    *,
+    merge: Callable[[Params, Params], Params] = tuning.merge,
+    micro_batches: int = 1,
 ) -> Callable[[TrainState, Params, Batch, jax.Array], tuple[TrainState, Metrics]]:
     """Builds `(state, frozen, batch, key) -> (state, metrics)`, a pure function to be jitted with `state` donated.
 
-    `frozen` holds the parameters of the networks that `state.params` does not. `key` is the run's key; the step's own
-    is folded in from `state.step`, so step k draws the same numbers in any run, on any number of devices.
+    `frozen` holds the parameters that `state.params` does not; `merge(frozen, state.params)` is the whole model. `key`
+    is the run's key; the step's own is folded in from `state.step`, so step k draws the same numbers in any run, on any
+    number of devices.
 
     With `micro_batches` n > 1 the batch is worked off in n equal parts and their gradients averaged: exactly the full
     batch's gradient for every term but the contrastive one, whose negatives are then a part's own samples.
@@ -31,7 +38,7 @@ def make_train_step(
     """
 
     def loss(params: Params, frozen: Params, batch: Batch, draws):
-        everything = {**frozen, **params}
+        everything = merge(frozen, params)
         features = networks.encode(everything, batch, draws.posterior)
         return objective(
             functools.partial(networks.denoise, everything),

@@ -1,0 +1,183 @@
+"""A small model from scratch on the embedded scenes, 32 x 32 pixels: all six tasks, in three stages, on a laptop's CPU.
+
+    python -m unialign_jax.data.scenes --target=data/scenes --count=50000
+    python launch/train.py --config=configs/scenes_tiny.py:all --workdir=runs/scenes
+
+Why the recipe is what it is, and how long it takes: docs/recipes.md.
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+STAGES = ("pretrain", "unify", "personalize")
+STEPS = {"pretrain": 40_000, "unify": 30_000, "personalize": 12_000}
+# The language has 122 words, with their commas: at this size each is one token, so that 32 hold every text.
+VOCABULARY = 256
+TEXT_LENGTH = 32
+IMAGE = 32  # pixels
+WIDTH, HEADS = 96, 4
+TEXT_WIDTH = 64
+TEACHER_WIDTH = 32
+
+
+def get_config(stage: str = "all") -> ml_collections.ConfigDict:
+    """One of `STAGES`, or "all": a section `stages` with each of them. `data.root` is where the scenes' files are."""
+    root = config_dict.FieldReference("data/scenes")
+    if stage == "all":
+        return ml_collections.ConfigDict(
+            {"stages": {name: _stage(name, root) for name in STAGES}, "data": {"root": root}}
+        )
+    if stage not in STAGES:
+        raise ValueError(f"no stage {stage!r}; this config has {', '.join(STAGES)}, all")
+    return _stage(stage, root)
+
+
+def _source(task: str, weight: float, references: int = 0, **passes: float) -> dict:
+    return {
+        "path": f"{task}.jsonl",
+        "task": task,
+        "references": references,
+        "weight": weight,
+        # Published, every sample feeds both passes. Here drawing is what takes long to learn and text is learned soon,
+        # so what is about images trains the image pass alone: almost twice as many samples in the same time.
+        "image_pass": passes.get("image_pass", 1.0),
+        "text_pass": passes.get("text_pass", 1.0),
+    }
+
+
+def _sources(stage: str) -> dict:
+    """The mixture of a stage; those of earlier stages are rehearsed."""
+    if stage == "pretrain":
+        return {"generate": _source("generate", 3.0, text_pass=0.0), "caption": _source("caption", 1.0)}
+    sources = {
+        "generate": _source("generate", 2.0, text_pass=0.0),
+        "caption": _source("caption", 0.5),
+        "edit": _source("edit", 3.0, references=1, text_pass=0.0),
+        "perceive": _source("perceive", 1.5, references=1, text_pass=0.0),
+        "answer": _source("answer", 1.0, image_pass=0.0),
+    }
+    if stage == "personalize":
+        for source in sources.values():
+            source["weight"] /= 2
+        sources["compose"] = _source("compose", 4.0, references=4, text_pass=0.0)
+    return sources
+
+
+def _stage(stage: str, root: config_dict.FieldReference) -> ml_collections.ConfigDict:
+    place = STAGES.index(stage)
+    config = ml_collections.ConfigDict()
+    config.stage = stage
+    config.after = STAGES[place - 1] if place else config_dict.placeholder(str)
+    config.seed = place
+    config.steps = STEPS[stage]
+    config.dtype = "float32"  # CPUs have no fast bfloat16
+    config.remat = "none"
+    config.attention = "auto"
+    config.strategy = "fsdp"
+    config.trained = ("transformer", "text_encoder")
+    config.frozen = ()
+    config.lora = {"rank": 0, "targets": ("transformer/blocks/*/query",), "alpha": config_dict.placeholder(float)}
+    config.init = config_dict.placeholder(str)
+    config.init_average = True
+    config.micro_batches = 1
+
+    config.model = {
+        "transformer": {
+            "sample_size": IMAGE // 2,
+            "patch_size": 2,
+            # 4 x 4 pixels are one token of 48 numbers: a velocity holds the noise, so a token must fit well into the
+            # width.
+            "in_channels": 12,
+            "out_channels": 12,
+            "num_layers": 5,
+            "attention_head_dim": WIDTH // HEADS,
+            "num_attention_heads": HEADS,
+            "caption_projection_dim": WIDTH,
+            "joint_attention_dim": TEXT_WIDTH,
+            "pos_embed_max_size": 8,
+            "vocab_size": VOCABULARY,
+            "mask_token_id": VOCABULARY - 1,
+            "adapter_hidden": 64,
+            "semantic_dim": TEACHER_WIDTH,
+            "qk_norm": config_dict.placeholder(str),
+        },
+        # Pixels of scenes, in [-1, 1], have a standard deviation of 0.62.
+        "pixel_codec": {"patch": 2, "scaling_factor": 1.6, "shift_factor": 0.0},
+        "text_encoder": {
+            "vocab_size": VOCABULARY,
+            "d_model": TEXT_WIDTH,
+            "d_kv": 16,
+            "d_ff": 128,
+            "num_layers": 2,
+            "num_heads": 4,
+        },
+        # Random and frozen: what it sees of an image is a fixed function of colours and places.
+        "teacher": {
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "patch_size": 8,
+            "window_size": 32,
+            "out_hidden_size": TEACHER_WIDTH,
+            "fullatt_block_indexes": (0,),
+            "min_pixels": IMAGE * IMAGE,
+            "max_pixels": IMAGE * IMAGE,
+            "vocab_size": VOCABULARY,
+        },
+    }
+    # Learned in the first stage, of what all stages read; the later ones take it over.
+    config.tokenizer = {
+        "path": config_dict.placeholder(str),
+        "learn_vocab_size": VOCABULARY,
+        "more_texts": tuple(f"{task}.jsonl" for task in ("edit", "perceive", "answer", "compose")),
+    }
+    config.teacher_tokenizer = config_dict.placeholder(str)
+
+    config.data = {
+        "root": root,
+        "sources": _sources(stage),
+        "global_batch": 64,
+        "height": IMAGE,
+        "width": IMAGE,
+        "text_length": TEXT_LENGTH,
+        "teacher_length": TEXT_LENGTH,
+        "seed": config.get_ref("seed"),
+        "refused_share": 0.01,
+        "threads": 1,
+        "workers": 0,
+        "prefetch": 4,
+    }
+
+    config.objective = {
+        "image_weight": 1.0,
+        "text_weight": 0.2,
+        "contrastive_weight": 0.05,
+        "alignment_weight": 0.1,
+        "temperature": 0.07,
+        "semantic_depth": 2,
+        # What goes where is decided at high noise, which the published times visit rarely.
+        "time_shift": 3.0,
+        "image_loss": "x0",
+        "text_dropout": 0.1,
+        "reference_dropout": 0.0,
+        "pool_padding": True,
+    }
+    config.optimizer = {
+        "learning_rate": 2e-3 if place == 0 else 1e-3,
+        "warmup_steps": 500,
+        "decay_steps": config.get_ref("steps") + 0,  # follows the steps, which it would otherwise also set
+        "weight_decay": 1e-2,
+        "decay_matrices_only": True,
+        "b1": 0.9,
+        "b2": 0.99,
+        "eps": 1e-8,
+        "clip_norm": 1.0,
+        "ema_rate": 0.999,
+        "ema_warmup": True,
+    }
+    config.log = {"every": 50, "samples_every": 2000, "sample_count": 8, "sample_steps": 28, "guidance": 3.0}
+    config.checkpoint = {"every": 500, "keep": 2, "keep_period": config_dict.placeholder(int)}
+    config.resume_step = config_dict.placeholder(int)
+    config.allow_changed = ()
+    return config

@@ -1,0 +1,255 @@
+"""Sampling runs: rows from anywhere, every result once, killed runs that go on, refusals before a model is read."""
+
+import io
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+
+import numpy as np
+import pytest
+from array_record.python.array_record_module import ArrayRecordReader
+from PIL import Image
+
+from unialign_jax import sampling
+from unialign_jax.pipeline import UniAlignPipeline
+from unialign_jax.sampling.rows import FileRows
+
+ROOT = pathlib.Path(__file__).parents[2]
+FEW = {"steps": 2}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A directory of small pictures, one of which is broken."""
+    directory = tmp_path_factory.mktemp("pictures")
+    for i in range(3):
+        pixels = np.random.default_rng(i).integers(0, 256, (20, 24, 3), np.uint8)
+        Image.fromarray(pixels).save(directory / f"{i}.png")
+    (directory / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    return directory
+
+
+@pytest.fixture
+def run(stage, tmp_path):
+    """Runs a job in this process; keyword arguments of `sampling.Job`."""
+
+    def call(task="generate", output=tmp_path / "out", **job):
+        job = {"options": FEW, "dtype": "float32", "batch": 4, "progress": False} | job
+        return sampling.sample(sampling.Job(stage[0], task, output, **job))
+
+    return call
+
+
+def jsonl(path, rows):
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def tar_images(shards):
+    """Row -> PNG of all shards, in each of which it is once."""
+    images = {}
+    for shard in shards:
+        with tarfile.open(shard) as tar:
+            names = [name for name in tar.getnames() if name.endswith(".png")]
+            assert not images.keys() & {int(name[:9]) for name in names}
+            images |= {int(name[:9]): tar.extractfile(name).read() for name in names}
+    return images
+
+
+def contents(directory):
+    """Name -> bytes of everything below a directory."""
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def test_images_carry_their_prompt_and_are_those_of_the_pipeline(run, stage, tmp_path):
+    prompts = ["a red square", "a blue disc", "", "a green field", "красный", "a red disc"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n\n")
+    result = run(prompts=tmp_path / "prompts.txt", seed=7, grid=4)
+    assert (result.rows, result.failed) == (5, 0)
+    pipeline = UniAlignPipeline.from_pretrained(stage[0], dtype="float32", progress=False)
+    there = [prompt for prompt in prompts if prompt]
+    for i, expected in enumerate(pipeline.generate(there, seed=7, **FEW)):
+        image = Image.open(tmp_path / f"out/{i:03d}.png")
+        np.testing.assert_allclose(np.int32(image), np.int32(expected), atol=1)
+        assert image.text["prompt"] == there[i] and image.text["seed"] == str(7 + i) and image.text["steps"] == "2"
+        assert image.text["checkpoint"] == str(stage[0])
+    assert Image.open(tmp_path / "out/grid.png").size == (33, 33)
+
+
+def test_rows_that_cannot_be_made_are_named_and_the_others_are_made(run, pictures, tmp_path):
+    rows = [
+        {"instruction": "make it red", "image": "0.png"},
+        {"instruction": "make it red", "image": "nowhere.png"},
+        {"edit_prompt": "make it blue", "original_images": ["1.png"], "seed": 99},
+        {"instruction": "make it red", "image": "broken.png"},
+        "not json\n",
+        {"instruction": "make it red"},
+        {"image": "0.png", "prompt": "\ud800"},
+        {"image": "0.png", "prompt": "a", "seed": -1},
+    ]
+    file = jsonl(pictures / "edits.jsonl", rows)
+    result = run("edit", prompts=file)
+    assert (result.rows, result.failed) == (8, 6)
+    found = contents(tmp_path / "out")
+    assert sorted(name for name in found if name.endswith(".png")) == ["000.png", "002.png"]
+    errors = {name[:3]: json.loads(data)["error"] for name, data in found.items() if "error" in name}
+    for row, part in {
+        "001": "no such file", "003": "broken.png", "004": "line 5", "005": "edit needs an image",
+        "006": "no Unicode text", "007": "seeds in",
+    }.items():  # fmt: skip
+        assert part in errors[row], errors
+    assert Image.open(tmp_path / "out/002.png").text["seed"] == "99"
+    assert run("edit", prompts=file).failed == 0  # nothing is left to make
+    assert contents(tmp_path / "out") == found
+
+
+def test_shards(run, pictures, tmp_path):
+    rows = [{"prompt": f"a red square {i}", "image": [f"{i % 3}.png"] * (1 + i % 2)} for i in range(10)]
+    file = jsonl(pictures / "compose.jsonl", rows)
+    png = {"prompts": file, "batch": 2}
+    run("compose", output=tmp_path / "png", **png)
+    run("compose", output=tmp_path / "tar", format="webdataset", shard_rows=3, **png)
+    run("compose", output=tmp_path / "records", format="array_record", shard_rows=8, **png)
+    expected = [(tmp_path / f"png/{i:03d}.png").read_bytes() for i in range(10)]
+
+    shards = sorted((tmp_path / "tar").glob("*.tar"))
+    assert [s.name for s in shards] == [f"shard-{a:09d}-{b:09d}.tar" for a, b in ((0, 4), (4, 8), (8, 10))]
+    images = tar_images(shards)
+    assert [images[i] for i in range(10)] == expected
+    with tarfile.open(shards[1]) as tar:
+        metadata, prompt = (tar.extractfile(f"000000007.{end}").read() for end in ("json", "txt"))
+    assert json.loads(metadata)["prompt"] == prompt.decode() == "a red square 7"
+
+    records = []
+    for shard in sorted((tmp_path / "records").glob("*.array_record")):
+        records += ArrayRecordReader(str(shard)).read_all()
+    assert records == expected
+    assert Image.open(io.BytesIO(records[3])).text["index"] == "3"
+
+
+def test_texts(run, stage, pictures, tmp_path, capsys):
+    result = run("caption", images=tuple(str(pictures / f"{i}.png") for i in range(3)))
+    lines = [json.loads(line) for line in (tmp_path / "out/shard-000000000-000000003.jsonl").read_text().splitlines()]
+    pipeline = UniAlignPipeline.from_pretrained(stage[0], dtype="float32", progress=False)
+    expected = pipeline.caption([str(pictures / f"{i}.png") for i in range(3)], **FEW)
+    assert [line["text"] for line in lines] == expected == list(result.shown)
+    rows = [{"question": "a", "image": "0.png"}, {"question": "red green blue field " * 9, "image": "1.png"}]
+    file = jsonl(pictures / "questions.jsonl", rows)
+    answers = run("answer", output=tmp_path / "answers", prompts=file, options=FEW | {"protocol": "plain"})
+    assert answers.failed == 1
+    [error] = (tmp_path / "answers").glob("*.errors.jsonl")
+    assert "leaves no room for an answer" in error.read_text()
+
+
+def test_a_run_of_another_request_is_not_mixed_in(run, tmp_path):
+    with pytest.raises(ValueError, match="nowhere.png"):
+        run("edit", prompt="a red square", images=("nowhere.png",))
+    # That one has made nothing, so the directory is free.
+    run(prompt="a red square", count=2)
+    for change, key in (({"seed": 1}, "seed"), ({"prompt": "a blue disc"}, "requests"), ({"options": {}}, "options")):
+        with pytest.raises(ValueError, match=f"another sampling run .*{key} was"):
+            run(**({"prompt": "a red square", "count": 2} | change))
+
+
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [
+        ({}, "generate needs --prompt"),
+        ({"prompt": "a", "images": ("a.png",)}, "generate takes no --image"),
+        ({"task": "edit", "prompt": "a"}, "edit needs --image"),
+        ({"task": "caption", "prompt": "a", "images": ("a.png",)}, "caption takes no --prompt"),
+        ({"task": "caption", "images": ("a.png",), "options": {"guidance": 2.0}}, "caption takes no guidance"),
+        ({"prompt": "a", "options": {"fast": True}}, "generate takes no fast"),
+        ({"prompt": "a", "prompts": "a.txt"}, "leave prompt, images and count out"),
+        ({"task": "edit", "prompts": "a.txt"}, "edit needs images: use JSONL"),
+        ({"prompts": "empty.txt"}, "has no rows"),
+        ({"prompt": "a", "format": "webdataset", "grid": 3}, "a grid is made of PNG files"),
+        ({"prompt": "a", "batch": 0}, "batch is 0"),
+        ({"task": "edit", "prompt": "a", "images": ("nowhere.png",)}, "nowhere.png"),
+    ],
+)
+def test_wrong_jobs_are_refused(run, tmp_path, monkeypatch, job, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n\n")
+    with pytest.raises(ValueError, match=message):
+        run(**job)
+
+
+def test_a_long_file_is_streamed(tmp_path):
+    with (tmp_path / "many.txt").open("w") as file:
+        file.writelines(f"prompt {i}\n" for i in range(200_000))
+    rows = FileRows("generate", 5, tmp_path / "many.txt")
+    assert rows.count == 200_000
+    stream = iter(rows)
+    assert next(stream).prompt == "prompt 0"
+    last = list(stream)[-1]
+    assert (last.index, last.prompt, last.seed) == (199_999, "prompt 199999", 200_004)
+
+
+CHILD = """
+import sys
+from unialign_jax import distributed, sampling
+checkpoint, prompts, port, count, number, *outputs = sys.argv[1:]
+distributed.initialize(*((f"127.0.0.1:{port}", int(count), int(number)) if int(count) > 1 else ()))
+for output in outputs:
+    how = {"format": "webdataset", "shard_rows": 8} if output.endswith("shards") else {}
+    sampling.sample(sampling.Job(checkpoint, "generate", output, prompts=prompts, options={"steps": 2},
+                                 dtype="float32", batch=4, progress=False, **how))
+"""
+
+
+def start(stage, prompts, processes, *outputs):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NPROC": "4"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", CHILD, *map(str, (stage, prompts, port, processes, i, *outputs))],
+            env=environment,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        for i in range(processes)
+    ]
+
+
+def finish(processes):
+    for process in processes:
+        output, _ = process.communicate(timeout=500)
+        assert process.returncode == 0, output.decode()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_goes_on_to_the_same_images_each_once(stage, tmp_path, request, processes):
+    """Killed without warning at random moments, all processes at once, then started again."""
+    count, kills = (request.config.getoption(f"--sampling-{name}") for name in ("prompts", "kills"))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"a red square {i}\n" for i in range(count)))
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    random = np.random.default_rng(processes)
+    done = 0
+    for kill in range(kills):
+        group = start(stage[0], prompts, processes, *([whole, broken] if kill == 0 else [broken]))
+        aim = done + 1 + random.integers(0, max(1, (count - done) // (kills - kill) - 4))
+        while len(list(broken.glob("*.png"))) < min(aim, count):
+            assert all(process.poll() in (None, 0) for process in group), group[0].communicate()
+            time.sleep(0.001)
+        for process in group:
+            process.send_signal(signal.SIGKILL)
+        for process in group:
+            process.communicate()
+        done = len(list(broken.glob("*.png")))
+    finish(start(stage[0], prompts, processes, broken, tmp_path / "shards"))
+    found, expected = contents(broken), contents(whole)
+    assert sum(name.endswith(".png") for name in expected) == count
+    assert {name: data for name, data in found.items() if not name.endswith(".partial")} == expected
+    images = tar_images((tmp_path / "shards").glob("*.tar"))  # of all processes
+    assert [images[index] for index in range(count)] == [expected[f"{index:03d}.png"] for index in range(count)]

@@ -1,0 +1,117 @@
+"""A source's rows in an order without end, and the reading of them: what runs in the pipeline's workers."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from unialign_jax.data.arrays import Preparation
+from unialign_jax.data.samples import Refused
+from unialign_jax.data.schedule import Schedule
+from unialign_jax.data.sources import Source
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """The rows of one source that go into one bucket, in an endless order of their own.
+
+    Attributes:
+      source: which one, by its place in the config.
+      rows: their numbers, int64.
+      prepare: makes arrays of the bucket's size.
+      weight: share of the batches.
+      seed: of the order.
+    """
+
+    source: int
+    rows: np.ndarray
+    prepare: Preparation
+    weight: float
+    seed: int
+
+    @functools.cached_property
+    def _order(self) -> grain.MapDataset:
+        return grain.MapDataset.range(len(self.rows)).shuffle(self.seed).repeat()
+
+    def row(self, position: int) -> int:
+        """The row at a position of the order, which holds every row once per pass."""
+        return int(self.rows[self._order[position]])
+
+    def stand_ins(self, position: int, count: int) -> list[int]:
+        """Rows to take instead of the one at that position, drawn at random."""
+        rng = np.random.default_rng([self.seed, position])
+        return self.rows[rng.integers(len(self.rows), size=count)].tolist()
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadChunk:
+    """Number of a chunk on this host -> its arrays. Runs in the workers.
+
+    A row that can't be used is replaced by one drawn at random, by the seed and the position alone, so that all other
+    rows keep their places. The chunk tells of them by slot, and holds no arrays if none of the rows drawn can be used.
+
+    Attributes:
+      sources, streams: of the pipeline; a stream names its source by place.
+      schedule: which stream a step is of.
+      chunks: the slots of this host, in the parts that are read together.
+      global_batch: samples in a batch, over all hosts.
+      refused_share: how many rows may be unusable, which tells how often to draw for one in place of another.
+    """
+
+    sources: tuple[Source, ...]
+    streams: tuple[Stream, ...]
+    schedule: Schedule
+    chunks: tuple[tuple[int, ...], ...]
+    global_batch: int
+    refused_share: float
+
+    def __call__(self, index: int) -> dict[str, Any]:
+        """`index`; `refusals`, slot -> (row, place, cause, detail); and arrays `[chunk, ...]`, see `arrays`."""
+        step, part = divmod(index, len(self.chunks))
+        which, before = self.schedule(step)
+        samples, refusals = [], {}
+        for slot in self.chunks[part]:
+            sample, refusal = self._sample(self.streams[which], before * self.global_batch + slot)
+            if refusal is not None:
+                refusals[slot] = refusal
+            if sample is None:
+                return {"index": index, "refusals": refusals}
+            samples.append(sample)
+        return {"index": index, "refusals": refusals} | _stack(samples)
+
+    def _sample(self, stream: Stream, position: int) -> tuple[dict | None, tuple | None]:
+        """The arrays at a position of a stream, and why its row could not be used."""
+        source, row = self.sources[stream.source], stream.row(position)
+        try:
+            return _prepared(stream, source, row), None
+        except Refused as refused:
+            refusal = (row, source.place(row), str(refused.cause), refused.detail)
+        for stand_in in stream.stand_ins(position, _attempts(self.refused_share)):
+            try:
+                return _prepared(stream, source, stand_in), refusal
+            except Refused:  # it is counted where it stands in the order itself
+                continue
+        return None, refusal
+
+
+def _prepared(stream: Stream, source: Source, row: int) -> dict[str, np.ndarray]:
+    try:
+        return stream.prepare(source[row])
+    except Refused:
+        raise
+    except Exception as error:
+        error.add_note(f"while reading {source.path}, {source.place(row)}")
+        raise
+
+
+def _stack(samples: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {key: np.stack([sample[key] for sample in samples]) for key in samples[0]}
+
+
+def _attempts(refused_share: float) -> int:
+    """How many rows to draw for one in place of a refused row: at this share, all are refused once in 10^12."""
+    return math.ceil(math.log(1e-12) / math.log(max(refused_share, 0.01)))

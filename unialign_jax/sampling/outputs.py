@@ -1,0 +1,180 @@
+"""Where results go: one file a row, or shards. Every file appears whole or not at all, and says what is done.
+
+Units of work are runs of rows `[start, stop)`. What a process has to write of a unit has one name however often it is
+made, so a unit that was interrupted is made again, with the same result.
+"""
+
+import io
+import json
+import os
+import pathlib
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
+from PIL import Image, PngImagePlugin
+
+from unialign_jax import storage
+from unialign_jax.sampling.rows import Row
+
+FORMATS = ("png", "array_record", "webdataset")
+_ROWS_PER_DIRECTORY = 10_000
+
+# A row and what was made of it; the error's text where nothing could be.
+Made = tuple[Row, np.ndarray | str | None, str | None]
+
+
+class Output(Protocol):
+    """One way of writing results."""
+
+    def missing(self, start: int, stop: int, owned: np.ndarray) -> bool:
+        """Whether anything of a unit that this process owns rows of (`owned`, bool `[stop - start]`) is not there."""
+        ...
+
+    def write(self, start: int, stop: int, made: Sequence[Made]) -> None:
+        """Writes what this process owns of a unit."""
+        ...
+
+
+def make_output(format_name: str, directory: epath.Path, task: str, count: int, facts: dict[str, Any]) -> Output:
+    """The output of a run.
+
+    Args:
+      format_name: of images, in `FORMATS`; texts always become JSONL shards (`task` says which they are).
+      directory: where files go.
+      task: of the run.
+      count: rows in all.
+      facts: what every result's metadata says besides its own row.
+    """
+    if task in ("caption", "answer"):
+        return _Shards(directory, "jsonl", _jsonl, facts | {"task": task})
+    if format_name == "png":
+        return PngFiles(directory, count, facts | {"task": task})
+    kind = {"array_record": ("array_record", _array_record), "webdataset": ("tar", _tar)}[format_name]
+    return _Shards(directory, *kind, facts | {"task": task})
+
+
+class PngFiles:
+    """`DIRECTORY/NNN.png` with its metadata as PNG text, or `NNN.error.json`; sub-directories of 10 000 for many."""
+
+    def __init__(self, directory: epath.Path, count: int, facts: dict[str, Any]):
+        self._directory, self._facts = directory, facts
+        self._digits, self._nested = max(3, len(str(count - 1))), count > _ROWS_PER_DIRECTORY
+        found = directory.glob("*/*" if self._nested else "*")
+        self._there = {path.name for path in found}
+
+    def path(self, index: int) -> epath.Path:
+        """Of a row's image."""
+        folder = self._directory / f"{index // _ROWS_PER_DIRECTORY:05d}" if self._nested else self._directory
+        return folder / f"{index:0{self._digits}d}.png"
+
+    def missing(self, start: int, stop: int, owned: np.ndarray) -> bool:
+        names = [self.path(index).name for index in np.flatnonzero(owned) + start]
+        return any(n not in self._there and n.replace(".png", ".error.json") not in self._there for n in names)
+
+    def write(self, start: int, stop: int, made: Sequence[Made]) -> None:
+        for row, image, error in made:
+            path = self.path(row.index)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if error is not None:
+                write_whole(path.with_name(f"{path.stem}.error.json"), _json_line(row, self._facts, error=error))
+            else:
+                write_whole(path, encode_png(image, _metadata(row, self._facts)))
+
+
+class _Shards:
+    """`DIRECTORY/shard-START-STOP[-iofn].EXTENSION`, one for each unit and process, beside it `.errors.jsonl`."""
+
+    def __init__(self, directory: epath.Path, extension: str, encode, facts: dict[str, Any]):
+        self._directory, self._extension, self._encode, self._facts = directory, extension, encode, facts
+        count = jax.process_count()
+        self._process = f"-{jax.process_index():04d}of{count:04d}" if count > 1 else ""
+        self._there = {path.name for path in directory.glob(f"shard-*.{extension}")}
+
+    def _name(self, start: int, stop: int) -> str:
+        return f"shard-{start:09d}-{stop:09d}{self._process}.{self._extension}"
+
+    def missing(self, start: int, stop: int, owned: np.ndarray) -> bool:
+        return bool(owned.any()) and self._name(start, stop) not in self._there
+
+    def write(self, start: int, stop: int, made: Sequence[Made]) -> None:
+        if not made:
+            return
+        path = self._directory / self._name(start, stop)
+        failed = [_json_line(row, self._facts, error=error) for row, _, error in made if error is not None]
+        if failed:
+            write_whole(path.with_name(f"{path.stem}.errors.jsonl"), b"".join(failed))
+        # Last: it says that the unit is done.
+        write_whole(path, self._encode([(row, item) for row, item, error in made if error is None], self._facts))
+
+
+def write_whole(path: epath.Path, data: bytes) -> None:
+    """Writes a file that others see complete or not at all (as object stores do anyway)."""
+    if storage.is_remote(path):
+        path.write_bytes(data)
+        return
+    partial = f"{path}.partial"
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def encode_png(image: np.ndarray, metadata: dict[str, Any]) -> bytes:
+    """uint8 `[H, W, 3]` as PNG with its metadata as international text chunks; the same bytes every time."""
+    text = PngImagePlugin.PngInfo()
+    for key, value in metadata.items():
+        text.add_itxt(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", pnginfo=text)
+    return buffer.getvalue()
+
+
+def _metadata(row: Row, facts: dict[str, Any]) -> dict[str, Any]:
+    images = {"images": list(row.images)} if row.images else {}
+    prompt = {"prompt": row.prompt} if row.prompt else {}
+    return {"index": row.index, **prompt, **images, "seed": row.seed, **facts}
+
+
+def _json_line(row: Row, facts: dict[str, Any], **more: Any) -> bytes:
+    text = json.dumps(_metadata(row, facts) | more, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace") + b"\n"
+
+
+def _jsonl(made: Sequence[tuple[Row, str]], facts: dict[str, Any]) -> bytes:
+    return b"".join(_json_line(row, facts, text=text) for row, text in made)
+
+
+def _array_record(made: Sequence[tuple[Row, np.ndarray]], facts: dict[str, Any]) -> bytes:
+    """One PNG with its metadata a record, readable one by one."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "shard"
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for row, image in made:
+            writer.write(encode_png(image, _metadata(row, facts)))
+        writer.close()
+        return path.read_bytes()
+
+
+def _tar(made: Sequence[tuple[Row, np.ndarray]], facts: dict[str, Any]) -> bytes:
+    """WebDataset: NNN.png, NNN.json and NNN.txt (the prompt) for each row."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for row, image in made:
+            metadata = _metadata(row, facts)
+            files = {
+                "png": encode_png(image, metadata),
+                "json": json.dumps(metadata, ensure_ascii=False).encode(),
+                "txt": row.prompt.encode(),
+            }
+            for extension, data in files.items():
+                info = tarfile.TarInfo(f"{row.index:09d}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()

@@ -1,0 +1,153 @@
+"""What a sampling run is asked for, row by row: from flags, a text file or JSONL, streamed."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from etils import epath
+
+from unialign_jax import storage
+from unialign_jax.inference import inputs
+
+NEEDS_IMAGE = ("edit", "perceive", "compose", "caption", "answer")
+NEEDS_PROMPT = ("generate", "edit", "perceive", "compose", "answer")
+TEXT_TASKS = ("caption", "answer")
+# As in the published rows that models are trained on, too.
+_PROMPT_KEYS = ("prompt", "instruction", "edit_prompt", "question")
+_IMAGE_KEYS = ("image", "images", "original_images")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One thing to make.
+
+    Attributes:
+      index: its number, from 0.
+      prompt: what to draw, the instruction or the question; "" for captions.
+      images: paths of its images.
+      seed: in [0, 2**32).
+      error: why it can't be made, or None.
+    """
+
+    index: int
+    prompt: str
+    images: tuple[str, ...]
+    seed: int
+    error: str | None = None
+
+
+class Rows:
+    """The rows of a run, in order. Iterating streams them; only their number is known beforehand.
+
+    Attributes:
+      count: how many there are.
+      digest: of the file's content; of flags, of the flags.
+      strict: a row that can't be made ends the run, instead of being reported in it.
+    """
+
+    def __init__(self, task: str, seed: int):
+        self.task, self.seed = task, seed
+        self.count, self.digest, self.strict = 0, "", False
+
+    def __iter__(self) -> Iterator[Row]:
+        raise NotImplementedError
+
+    def _row(self, index: int, prompt: Any, images: Any, seed: Any = None) -> Row:
+        seed = (self.seed + index) % 2**32 if seed is None else seed
+        images = [images] if isinstance(images, str) else images
+        try:
+            if not isinstance(images, list | tuple) or not all(isinstance(path, str) for path in images):
+                raise ValueError(f"images are {images!r}; a path or a list of paths was expected")
+            _check_given(self.task, prompt, images)
+            inputs.check_texts([prompt or ""], "prompt")
+            inputs.check_seeds([seed], 1)
+        except ValueError as error:
+            return Row(index, "", (), 0, str(error))
+        return Row(index, prompt or "", tuple(images), int(seed))
+
+
+def _check_given(task: str, prompt: Any, images: Sequence[str], said: tuple[str, str] = ("a prompt", "an image")):
+    for needs, given, name in ((NEEDS_PROMPT, prompt, said[0]), (NEEDS_IMAGE, images, said[1])):
+        if (task in needs) != bool(given):
+            raise ValueError(f"{task} {'needs' if task in needs else 'takes no'} {name}")
+    if task in ("edit", "perceive", *TEXT_TASKS) and len(images) != 1:
+        raise ValueError(f"{task} takes one image a row, not {len(images)}")
+
+
+class FlagRows(Rows):
+    """One request from the command line, made `count` times with seeds from `seed` on.
+
+    The images of `generate` and `compose` all belong to one request; other tasks have one for each of their images.
+    """
+
+    def __init__(self, task: str, seed: int, prompt: str | None, images: Sequence[str], count: int):
+        super().__init__(task, seed)
+        said = ("--prompt", "--image")
+        _check_given(task, prompt, images if task == "compose" else images[:1], said)
+        groups = [tuple(images)] if task in ("generate", "compose") else [(image,) for image in images]
+        self._requests = [(prompt, group) for group in groups for _ in range(count)]
+        self.count, self.strict = len(self._requests), True
+        self.digest = hashlib.sha256(json.dumps(self._requests).encode()).hexdigest()[:16]
+
+    def __iter__(self) -> Iterator[Row]:
+        for index, (prompt, images) in enumerate(self._requests):
+            row = self._row(index, prompt, images)
+            if row.error is not None:
+                raise ValueError(row.error)
+            yield row
+
+
+class FileRows(Rows):
+    """The lines of a file: JSON objects if its name ends in .jsonl, else prompts. Empty lines are left out.
+
+    An object has `prompt` (or `instruction`, `edit_prompt`, `question`), `image` (or `images`, `original_images`: a
+    path or a list) and `seed`, as far as the task needs them; other keys are ignored. Paths are relative to the file.
+
+    Raises:
+      ValueError: it has no rows.
+      FileNotFoundError: there is no such file.
+    """
+
+    def __init__(self, task: str, seed: int, path: epath.PathLike):
+        super().__init__(task, seed)
+        self._path = epath.Path(path).expanduser()
+        self._is_json = self._path.suffix in (".jsonl", ".ndjson", ".json")
+        if not self._is_json and task in NEEDS_IMAGE:
+            raise ValueError(f"{self._path}: lines of a text file are prompts, but {task} needs images: use JSONL")
+        digest = hashlib.sha256()
+        with self._path.open("rb") as file:
+            for line in file:
+                digest.update(line)
+                self.count += bool(line.strip())
+        if not self.count:
+            raise ValueError(f"{self._path} has no rows")
+        self.digest = digest.hexdigest()[:16]
+
+    def __iter__(self) -> Iterator[Row]:
+        index = 0
+        with self._path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield self._parse(index, number, line)
+                    index += 1
+
+    def _parse(self, index: int, number: int, line: bytes) -> Row:
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            if not self._is_json:
+                return self._row(index, text, [])
+            value = json.loads(text)
+            if not isinstance(value, dict):
+                raise ValueError(f"a JSON object was expected, not a {type(value).__name__}")
+        except ValueError as error:
+            return Row(index, "", (), 0, f"{self._path}, line {number}: {error}")
+        prompt = next((value[key] for key in _PROMPT_KEYS if key in value), None)
+        images = next((value[key] for key in _IMAGE_KEYS if key in value), [])
+        row = self._row(index, prompt, images, value.get("seed"))
+        if row.error is not None:
+            return dataclasses.replace(row, error=f"{self._path}, line {number}: {row.error}")
+        here = self._path.parent
+        paths = (path if storage.is_remote(path) else str(here / path) for path in row.images)
+        return dataclasses.replace(row, images=tuple(paths))

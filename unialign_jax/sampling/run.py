@@ -1,0 +1,322 @@
+"""A sampling run: rows in, files out, on one mesh over any number of processes, resumable.
+
+Every process streams all rows, but reads images, and writes results, only of those that its devices work on. The run is
+a sequence of units (a batch, or the batches of one shard). A unit is always made of the same batches, so one that was
+interrupted is made again bit by bit; which are left is read from the files that are there.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+from absl import logging
+from etils import epath
+from PIL import Image
+
+from unialign_jax import agreement, parallel, storage
+from unialign_jax.inference import inputs
+from unialign_jax.inference.batches import Batches
+from unialign_jax.pipeline import TASKS, UniAlignPipeline
+from unialign_jax.sampling.outputs import FORMATS, Made, PngFiles, make_output, write_whole
+from unialign_jax.sampling.rows import TEXT_TASKS, FileRows, FlagRows, Row, Rows
+from unialign_jax.training.writers import image_grid
+
+SETTINGS_FILE = "run.json"
+_BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left, {rate_fmt}]"
+_SHOWN = 100  # results that a run from flags names on standard output
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a run does.
+
+    Attributes:
+      checkpoint: see `UniAlignPipeline.from_pretrained`.
+      task: in `pipeline.TASKS`.
+      output: directory of the results, made if absent. With results of this very run in it, the run goes on.
+      prompts: a text or JSONL file (`FileRows`); None: one request, `prompt` and `images`, made `count` times.
+      prompt, images, count: see `FlagRows`.
+      seed: of row 0; row i has seed + i where it says nothing else.
+      options: of the pipeline's method: steps, guidance, size, ...
+      dtype: compute dtype.
+      batch: rows worked on at once over all devices; None: 8 for each part that the mesh splits a batch into. Fewer
+        rows than that make a smaller batch.
+      strategy: of the mesh over all devices, see `parallel.make_mesh`; weights are split as in training.
+      format: of images, in `outputs.FORMATS`; texts become JSONL.
+      shard_rows: rows of a shard, rounded up to whole batches.
+      grid: images of an overview, grid.png; 0: none.
+      average: of a run's checkpoint, take the moving average.
+      progress: show a bar on standard error.
+    """
+
+    checkpoint: epath.PathLike
+    task: str
+    output: epath.PathLike
+    prompts: epath.PathLike | None = None
+    prompt: str | None = None
+    images: tuple[str, ...] = ()
+    count: int = 1
+    seed: int = 0
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    dtype: str = "bfloat16"
+    batch: int | None = None
+    strategy: str = "fsdp"
+    format: str = "png"
+    shard_rows: int = 1024
+    grid: int = 0
+    average: bool = True
+    progress: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run has left behind.
+
+    Attributes:
+      rows: in all.
+      failed: rows that this process could not make, now and in this process only; files name them.
+      shown: texts or paths of the first results, of a run from flags that made them just now.
+    """
+
+    rows: int
+    failed: int
+    shown: tuple[str, ...]
+
+
+def sample(job: Job) -> Result:
+    """Does what a job says, or what is left of it. All processes call it with the same job.
+
+    Raises:
+      ValueError: a request that can't be served, or `output` holds another run.
+      FileNotFoundError: no such checkpoint or prompts.
+    """
+    rows = _check(job)
+    mesh = parallel.make_mesh(job.strategy)
+    batch = _batch_size(job, mesh, rows.count)
+    unit = batch if job.format == "png" and job.task not in TEXT_TASKS else -(-job.shard_rows // batch) * batch
+    directory = storage.absolute(job.output)
+    agreement.primary(lambda: _claim(job, directory, rows, batch, unit), ValueError)
+    facts = {"checkpoint": str(job.checkpoint), "dtype": job.dtype, **job.options}
+    output = make_output(job.format, directory, job.task, rows.count, facts)
+    batches = Batches(mesh, batch, single=True)
+    owned = np.tile(batches.owned(batch), unit // batch)
+    units = [(start, min(start + unit, rows.count)) for start in range(0, rows.count, unit)]
+    missing = [output.missing(start, stop, owned[: stop - start]) for start, stop in units]
+    # A unit that any process lacks is made by all of them.
+    missing = np.any([_unpack(packed, len(units)) for packed in agreement.gather(_pack(missing))], axis=0)
+    left = [span for span, is_missing in zip(units, missing, strict=True) if is_missing]
+
+    failed, shown = 0, []
+    if left:
+        pipeline = UniAlignPipeline.from_pretrained(
+            job.checkpoint,
+            mesh,
+            job.dtype,
+            average=job.average,
+            max_batch=batch,
+            single_size=True,
+            progress=False,
+        )
+        done = rows.count - sum(stop - start for start, stop in left)
+        speaks = job.progress and jax.process_index() == 0
+        unit_name = "text" if job.task in TEXT_TASKS else "image"
+        with (
+            tqdm.tqdm(total=rows.count, initial=done, unit=unit_name, disable=not speaks, bar_format=_BAR) as bar,
+            concurrent.futures.ThreadPoolExecutor(2) as pool,
+        ):
+            writes: collections.deque[concurrent.futures.Future] = collections.deque()
+            for (start, stop), made in _units(job, pipeline, rows, left, batch, bar, pool):
+                failed += sum(error is not None for _, _, error in made)
+                if isinstance(rows, FlagRows) and len(shown) < _SHOWN:
+                    shown += [x if isinstance(x, str) else str(output.path(row.index)) for row, x, _ in made]
+                writes.append(pool.submit(output.write, start, stop, made))
+                if len(writes) > 2:  # results wait in memory for no more than this
+                    writes.popleft().result()
+            for write in writes:
+                write.result()
+    agreement.gather(None)  # all files are written
+    if job.grid and jax.process_index() == 0:
+        write_grid(output, directory, min(job.grid, rows.count))
+    if failed:
+        logging.warning("%d of %d rows could not be made; *.error* files in %s say why", failed, rows.count, directory)
+    return Result(rows.count, failed, tuple(shown[:_SHOWN]))
+
+
+def _check(job: Job) -> Rows:
+    """The job's rows; refuses what can be known to be wrong before a model is read."""
+    if job.task not in TASKS:
+        raise ValueError(f"task {job.task!r} is unknown; choose one of {', '.join(TASKS)}")
+    if job.format not in FORMATS:
+        raise ValueError(f"format {job.format!r} is unknown; choose one of {', '.join(FORMATS)}")
+    if job.grid and (job.format != "png" or job.task in TEXT_TASKS):
+        raise ValueError("a grid is made of PNG files; leave it out, or choose format png and a task that makes images")
+    for name in ("count", "shard_rows", "batch"):
+        if getattr(job, name) is not None:
+            inputs.check_number(name, getattr(job, name), 1, whole=True)
+    if job.task in TEXT_TASKS:
+        given = [name for name in ("guidance", "reference_guidance", "negative_prompt") if name in job.options]
+        if given:
+            raise ValueError(f"{job.task} takes no {' or '.join(given)}: it makes text")
+    elif "fast" in job.options:
+        raise ValueError(f"{job.task} takes no fast: it makes images")
+    if job.prompts is None:
+        return FlagRows(job.task, job.seed, job.prompt, job.images, job.count)
+    if job.prompt or job.images or job.count != 1:
+        raise ValueError("a file of prompts says what to make; leave prompt, images and count out")
+    return FileRows(job.task, job.seed, job.prompts)
+
+
+def _batch_size(job: Job, mesh: jax.sharding.Mesh, count: int) -> int:
+    parts = Batches(mesh, 1).sizes[0]
+    if job.batch is not None:
+        parallel.check_batch(mesh, job.batch)
+    largest = job.batch or 8 * parts
+    sizes = Batches(mesh, largest).sizes
+    return next((size for size in sizes if size >= count), largest)
+
+
+def _claim(job: Job, directory: epath.Path, rows: Rows, batch: int, unit: int) -> None:
+    """Notes in the directory what is made there; refuses one in which something else was."""
+    settings = {
+        "task": job.task,
+        "checkpoint": str(job.checkpoint),
+        "average": job.average,
+        "rows": rows.count,
+        "requests": rows.digest,
+        "seed": job.seed,
+        "options": {key: list(value) if isinstance(value, tuple) else value for key, value in job.options.items()},
+        "dtype": job.dtype,
+        "batch": batch,
+        "unit": unit,
+        "format": job.format,
+    }
+    if job.format != "png" or job.task in TEXT_TASKS:
+        settings["processes"] = jax.process_count()  # each has shards of its own
+    file = directory / SETTINGS_FILE
+    directory.mkdir(parents=True, exist_ok=True)
+    found = json.loads(file.read_text()) if file.exists() else {}
+    changed = [f"{key} was {found.get(key)!r} and is {value!r}" for key, value in settings.items()
+               if found.get(key) != value]  # fmt: skip
+    # A run that failed before it made anything leaves its settings, which bind nobody.
+    if found and changed and any(path.name != SETTINGS_FILE for path in directory.iterdir()):
+        raise ValueError(
+            f"{directory} holds another sampling run ({'; '.join(changed)}); go on with its settings, or choose "
+            "another directory"
+        )
+    if changed:
+        write_whole(file, json.dumps(settings, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+def _pack(flags: list[bool]) -> str:
+    return np.packbits(flags).tobytes().hex()
+
+
+def _unpack(packed: str, count: int) -> np.ndarray:
+    return np.unpackbits(np.frombuffer(bytes.fromhex(packed), np.uint8), count=count).astype(bool)
+
+
+def _units(
+    job: Job, pipeline: UniAlignPipeline, rows: Rows, left: list, batch: int, bar: tqdm.tqdm, pool
+) -> Iterator[tuple[tuple[int, int], list[Made]]]:
+    """Each unit that is left, with the results that this process owns."""
+    make = _Maker(job, pipeline, batch, strict=rows.strict)
+    chunks = _chunks(rows, left, batch)
+    # The next batch is read while this one is made.
+    following = pool.submit(lambda: make.read(next(chunks, None)))
+    for start, stop in left:
+        made: list[Made] = []
+        for _ in range(start, stop, batch):
+            prepared = following.result()
+            following = pool.submit(lambda: make.read(next(chunks, None)))
+            made += make(prepared)
+            bar.update(len(prepared.rows))
+        yield (start, stop), made
+
+
+def _chunks(rows: Rows, left: list[tuple[int, int]], batch: int) -> Iterator[list[Row]]:
+    """The rows of the batches of the units that are left."""
+    stream = iter(rows)
+    for start, stop in left:
+        for first in range(start, stop, batch):
+            chunk = []
+            while len(chunk) < min(batch, stop - first):
+                row = next(stream)
+                if row.index >= first:
+                    chunk.append(row)
+            yield chunk
+
+
+@dataclasses.dataclass
+class _Prepared:
+    """A batch whose images are read: those of other processes are grey, those of unusable rows too."""
+
+    rows: list[Row]
+    images: list[list[np.ndarray]]
+    errors: dict[int, str]
+
+
+class _Maker:
+    """Turns batches of rows into results."""
+
+    def __init__(self, job: Job, pipeline: UniAlignPipeline, batch: int, *, strict: bool):
+        self._job, self._pipeline, self._strict = job, pipeline, strict
+        self._held, self._owned = pipeline.batches.held(batch), pipeline.batches.owned(batch)
+        self._size = inputs.image_size(
+            pipeline.networks, pipeline.size, job.options.get("size"), job.options.get("aspect")
+        )
+        self._grey = np.full((1, 1, 3), 127, np.uint8)
+
+    def read(self, rows: list[Row] | None) -> _Prepared | None:
+        """Reads the images of the rows that this process works on, and finds out which rows can't be made."""
+        if rows is None:
+            return None
+        images, errors = [], {}
+        for i, row in enumerate(rows):
+            pictures = [self._grey] * max(len(row.images), self._job.task != "generate")
+            try:
+                if row.error is not None:
+                    raise ValueError(row.error)
+                if self._job.task == "answer":
+                    self._pipeline.encode_question(row.prompt, self._job.options.get("protocol", "unialignment"))
+                if self._held[i]:
+                    pictures = [inputs.pixels(path, *self._size) for path in row.images]
+            except ValueError as error:
+                if self._strict:
+                    raise
+                errors[i] = str(error)
+            images.append(pictures)
+        return _Prepared(rows, images, errors)
+
+    def __call__(self, prepared: _Prepared) -> list[Made]:
+        """The results of the rows that this process owns."""
+        rows, pipeline = prepared.rows, self._pipeline
+        prompts = [" " if i in prepared.errors else row.prompt for i, row in enumerate(rows)]
+        options = dict(self._job.options) | {"seed": [row.seed for row in rows], "gather": False}
+        task = self._job.task
+        if task == "generate":
+            made = pipeline.generate(prompts, output="array", **options)
+        elif task == "caption":
+            made = pipeline.caption([images[0] for images in prepared.images], **options)
+        elif task == "answer":
+            made = pipeline.answer([images[0] for images in prepared.images], prompts, **options)
+        else:
+            made = pipeline.compose(prepared.images, prompts, output="array", **options)
+        errors = [prepared.errors.get(i) for i in range(len(rows))]
+        return [x for x, mine in zip(zip(rows, made, errors, strict=True), self._owned, strict=False) if mine]
+
+
+def write_grid(output: PngFiles, directory: epath.Path, count: int) -> None:
+    """Lays the first images of a run out in `grid.png`; rows that could not be made are left out."""
+    paths = [path for path in map(output.path, range(count)) if path.exists()]
+    if not paths:
+        return
+    images = [np.asarray(Image.open(path.open("rb"))) for path in paths]
+    grid = image_grid(np.stack(images), columns=int(np.ceil(np.sqrt(len(images)))))
+    with (directory / "grid.png").open("wb") as file:
+        Image.fromarray(grid).save(file, "PNG")

@@ -1,0 +1,117 @@
+"""Stages in sequence: which follows which, where each starts, and running all of them in one call.
+
+A stage is a config of its own (see `run_config.RunConfig`), and `after` names the one that it goes on from, in the same
+working directory. All stages of a recipe are one config with a section for each, `stages`.
+"""
+
+from collections.abc import Mapping
+
+import ml_collections
+from etils import epath
+
+from unialign_jax import agreement, storage
+from unialign_jax.checkpoints import Checkpoints, saved_steps
+from unialign_jax.training import loop, run_config, saved_config
+from unialign_jax.training.run_config import ConfigError, RunConfig
+
+
+class StageNotFinished(ValueError):
+    """The stage that another one starts from has not been trained, or not to its end."""
+
+
+def train(
+    config: ml_collections.ConfigDict, workdir: epath.PathLike, *, profile_steps: tuple[int, int] | None = None
+) -> bool:
+    """Trains a stage, or every stage of a config that has several, each from the one before.
+
+    Stages that are finished are left as they are, after checking that their configs have not changed; so the same call
+    goes on where it was interrupted, whenever that was. One stage alone starts from the finished `after` stage in
+    `workdir`, unless its config's `init` says otherwise.
+
+    Args:
+      config: of one stage, or with a section `stages` of configs by name.
+      workdir: every stage has a sub-directory of its name.
+      profile_steps: see `loop.train`; of every stage.
+
+    Returns:
+      Whether all steps have been taken; not so after SIGTERM, with the last one saved.
+
+    Raises:
+      StageNotFinished: the `after` stage is not there or not finished.
+      ValueError, FileNotFoundError: see `loop.train`.
+    """
+    if "stages" not in config:
+        run = run_config.read(config)
+        state = loop.train(config, workdir, start=_start(run, workdir), profile_steps=profile_steps)
+        return int(state.step) == run.steps
+    runs = {name: run_config.read(stage, f"stages.{name}") for name, stage in config.stages.items()}
+    for name in in_order(runs):
+        stage, run = config.stages[name], runs[name]
+        if _is_finished(stage, run, workdir):
+            continue
+        state = loop.train(stage, workdir, start=_start(run, workdir), profile_steps=profile_steps)
+        if int(state.step) < run.steps:
+            return False
+    return True
+
+
+def in_order(runs: Mapping[str, RunConfig]) -> list[str]:
+    """Names of stages, each behind the one that it goes on from.
+
+    Raises:
+      ConfigError: a section is named otherwise than its stage, two stages follow the same, or one follows none of them.
+    """
+    for name, run in runs.items():
+        if run.stage != name:
+            raise ConfigError(f"stages.{name}.stage: expected {name!r}, found {run.stage!r}")
+    order, after = [], None
+    while following := [name for name, run in runs.items() if run.after == after and name not in order]:
+        if len(following) > 1:
+            raise ConfigError(
+                f"stages: {' and '.join(following)} both go on from {after!r}; expected one after another"
+            )
+        order += following
+        after = following[0]
+    if lost := [name for name in runs if name not in order]:
+        raise ConfigError(f"stages.{lost[0]}.after: {runs[lost[0]].after!r} does not lead to a first stage")
+    return order
+
+
+def _start(run: RunConfig, workdir: epath.PathLike) -> epath.Path | None:
+    """The stage directory that a stage goes on from; None where its config's `init` says, or there is none."""
+    if run.after is None or run.init is not None:
+        return None
+    directory = storage.absolute(workdir) / run.after
+    step, steps = _progress(directory)
+    if step is None or step < steps:
+        found = "there is no checkpoint of it" if step is None else f"it is at step {step} of {steps}"
+        raise StageNotFinished(
+            f"stage {run.stage!r} goes on from {run.after!r}, but in {directory} {found}; train that stage first "
+            "(stage 'all' does), or set --config.init to what to start from"
+        )
+    return directory
+
+
+def _is_finished(stage: ml_collections.ConfigDict, run: RunConfig, workdir: epath.PathLike) -> bool:
+    """Whether a stage has taken its last step, as the config has it.
+
+    Raises:
+      ConfigChanged: it has, or has taken other steps than these, with another config.
+    """
+    directory = storage.absolute(workdir) / run.stage
+    step, _ = _progress(directory)
+    if step is None or step < run.steps or run.resume_step is not None:
+        return False
+    with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
+        saved = checkpoints.meta(step)["config"]
+    saved_config.check_unchanged(saved, saved_config.as_json(stage), run.allow_changed)
+    return True
+
+
+def _progress(directory: epath.Path) -> tuple[int | None, int]:
+    """A stage's newest step, None if it has none, and the number of steps that it was to take."""
+    steps = agreement.primary(lambda: saved_steps(directory / "checkpoints"))
+    if not steps:
+        return None, 0
+    with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
+        return steps[-1], checkpoints.meta(steps[-1])["config"]["steps"]
