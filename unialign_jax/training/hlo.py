@@ -83,8 +83,8 @@ class Module:
         self.computations: dict[str, Computation] = {}
         self.entry = ""
         current: Computation | None = None
-        # A string among the attributes may hold line breaks.
-        for line in re.sub(r"\n(?![ ]+(?:ROOT )?%|[%}\n]|ENTRY|HloModule)|\n(?=\}[^\n])", " ", text).splitlines():
+        # A string among the attributes may hold line breaks; such lines belong to the one before.
+        for line in re.sub(r"\n(?![ ]+(?:ROOT )?%|[%\n]|\}(?!\})|ENTRY|HloModule)", " ", text).splitlines():
             if current is None:
                 if header := _HEADER.match(line):
                     current = self.computations.setdefault(header.group(2), {})
