@@ -4,8 +4,10 @@ import pathlib
 
 from setuptools import find_packages, setup
 
+# The TPU compiler, for the ahead-of-time verdict: no TPU is needed to use it.
+TPU = ["jax[tpu]>=0.10.2,<0.12"]
 # torch is pinned: a newer one would be downloaded with gigabytes of CUDA libraries that the tests do not use.
-TEST = ["diffusers>=0.35", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "torch==2.13.0", "transformers>=4.55"]
+TEST = [*TPU, "diffusers>=0.35", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "torch==2.13.0", "transformers>=4.55"]
 
 # What etils and fsspec read and write gs:// with; it brings the client library that Orbax needs there.
 GCS = ["gcsfs>=2025.12"]
@@ -43,7 +45,7 @@ setup(
     ],
     extras_require={
         "test": TEST,
-        "tpu": ["jax[tpu]>=0.10.2,<0.12", *GCS],
+        "tpu": [*TPU, *GCS],
         "gpu": ["jax[cuda13]>=0.10.2,<0.12"],
         "gcs": GCS,
         # To read a .pth mask-token vector, and to run what was converted beside the public libraries (--check).

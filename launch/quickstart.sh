@@ -26,11 +26,11 @@ if [ $# -eq 0 ]; then
   small=(--config.tokenizer.learn_vocab_size=160 --config.model.transformer.vocab_size=160
     --config.model.transformer.mask_token_id=159 --config.model.text_encoder.vocab_size=160
     --config.model.teacher.vocab_size=160)
-  say "drawing 512 images of coloured shapes with captions"
-  "$python" -m unialign_jax.data.scenes --target="$out/corpus" --count=512 --size=64 --task=generate
+  say "drawing 512 scenes of coloured shapes with captions"
+  "$python" -m unialign_jax.data.scenes --target="$out/corpus" --count=512 --size=48 --task=generate
 fi
 
-say "training a 6.6 M parameter model from scratch (the console line says how long; about 10 minutes on two cores)"
+say "training a 4 M parameter model from scratch (the console line says how long; about 10 minutes on two cores)"
 "$python" launch/train.py --config=configs/photos_tiny.py --workdir="$out" --config.steps="${STEPS:-300}" \
   --config.data.sources.photos.path="$rows" --config.log.samples_every=0 "${small[@]}"
 

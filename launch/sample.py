@@ -1,11 +1,11 @@
 """Samples from a checkpoint, one of six tasks: one request, or a file of them on any number of hosts.
 
-    python launch/sample.py --checkpoint=runs/photos/photos --task=generate --prompt="a dog on a beach" --output=out
-    python launch/sample.py --checkpoint=... --task=edit --image=dog.png --prompt="make it night" --output=out
-    python launch/sample.py --checkpoint=... --task=perceive --image=dog.png --prompt="depth map" --output=out
-    python launch/sample.py --checkpoint=... --task=compose --image=dog.png,hat.png --prompt="dog in hat" --output=out
-    python launch/sample.py --checkpoint=... --task=caption --image=dog.png,cat.png --output=out
-    python launch/sample.py --checkpoint=... --task=answer --image=dog.png --prompt="what animal is it?" --output=out
+    python launch/sample.py --checkpoint=runs/photos/photos --task=generate --prompt="a dog" --output=out/dogs
+    python launch/sample.py --checkpoint=... --task=edit --image=dog.png --prompt="make it night" --output=out/edit
+    python launch/sample.py --checkpoint=... --task=perceive --image=dog.png --prompt="depth map" --output=out/perceive
+    python launch/sample.py --checkpoint=... --task=compose --image=dog.png,hat.png --prompt="hat on" --output=out/hat
+    python launch/sample.py --checkpoint=... --task=caption --image=dog.png,cat.png --output=out/caption
+    python launch/sample.py --checkpoint=... --task=answer --image=dog.png --prompt="what is it?" --output=out/answer
     python launch/sample.py --checkpoint=... --task=generate --prompts=million.jsonl --output=gs://bucket/out
 
 Images become PNG files with their prompt, seed and settings inside, or shards (--format); texts become JSONL, and are
@@ -100,6 +100,7 @@ def main() -> None:
         progress=_PROGRESS.value,
     )
     distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    compilation_cache.enable(_CACHE.value)
     result = sampling.sample(job)
     for line in result.shown:
         print(line)

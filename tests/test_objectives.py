@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import flax.traverse_util
 import jax
@@ -198,3 +199,76 @@ def test_alignment_of_a_zero_vector_is_finite():
     value, grad = jax.value_and_grad(alignment_loss)(zero, one)
     assert value == 1 and np.isfinite(grad).all()
     np.testing.assert_allclose(alignment_loss(2 * one, one), 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{"text_pass": 0.0}, {"image_pass": 0.0}])
+def test_a_pass_that_is_left_out_is_not_run_and_the_other_is_as_before(changes, case, transformer, text_encoder):
+    features, draws = unpack(case("loss_edit"))
+    (model, params), (encoder, text_params) = transformer, text_encoder
+    passes = []
+
+    def loss(objective):
+        def run(latents, *args, **kwargs):
+            passes.append("image" if "want_text" in kwargs else "text")
+            return model.apply({"params": params}, latents, *args, **kwargs)
+
+        return objective(run, functools.partial(encoder.apply, {"params": text_params}), features, draws)
+
+    _, both = loss(RECORDED)
+    del passes[:]
+    total, terms = loss(dataclasses.replace(RECORDED, **changes, image_weight=2.0))
+    left = "image" if "text_pass" in changes else "text"
+    assert passes == [left] and set(terms) == {left, f"{left}_align"}
+    for name, value in terms.items():
+        np.testing.assert_allclose(value, both[name], rtol=1e-6)
+    weight = {"image": 2.0, "text": 0.2}[left]
+    np.testing.assert_allclose(total, weight * terms[left] + 0.1 * terms[f"{left}_align"], rtol=1e-6)
+
+
+def test_the_factor_of_a_pass_scales_its_terms_alone(case, transformer, value_and_grad):
+    recorded = case("loss_generate")
+    run = functools.partial(value_and_grad, params=transformer[1], null_text=recorded["null_text"])
+    features, draws = unpack(recorded)
+    values = [
+        run(dataclasses.replace(RECORDED, text_pass=factor), features=features, draws=draws)[0] for factor in (1.0, 3.0)
+    ]
+    terms = values[0][1]
+    expected = 2 * (0.2 * terms["text"] + 0.1 * terms["text_align"])
+    np.testing.assert_allclose(values[1][0] - values[0][0], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("space", ["x0", "velocity"])
+def test_shifted_times_and_the_space_of_the_image_loss(space, case):
+    """Against a network that predicts a known velocity: the loss by hand, in float64, at SD3's shifted levels."""
+    features, draws = unpack(case("loss_generate"))
+    shift, factor = 4.0, 0.7
+    seen = {}
+
+    def network(latents, states, times, **kwargs):
+        seen["times"] = times
+        return types.SimpleNamespace(image=factor * latents, image_semantic=jnp.ones((len(times), 40)))
+
+    objective = dataclasses.replace(RECORDED, time_shift=shift, image_loss=space, text_pass=0.0)
+    _, terms = objective(network, lambda ids: jnp.zeros((*ids.shape, 48)), features, draws)
+    sigma = (1000 - np.floor(np.asarray(draws.image_time, np.float64) * 1000)) / 1000
+    sigma = (shift * sigma / (1 + (shift - 1) * sigma))[:, None, None, None]
+    clean, noise = np.asarray(features.target, np.float64), np.asarray(draws.noise, np.float64)
+    noisy = (1 - sigma) * clean + sigma * noise
+    error = factor * noisy - (noise - clean)
+    expected = np.mean((error if space == "velocity" else sigma * error) ** 2)
+    np.testing.assert_allclose(seen["times"], 1000 * sigma[:, 0, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(terms["image"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_pass": 0.0, "text_pass": 0.0}, "one above 0"),
+        ({"text_pass": -1.0}, "text_pass -1"),
+        ({"time_shift": 0.0}, "time_shift is 0"),
+        ({"image_loss": "noise"}, "image_loss is 'noise'; choose one of"),
+    ],
+)
+def test_an_objective_that_means_nothing_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Objective(**changes)

@@ -80,7 +80,7 @@ class Checkpoints:
             agreement.everywhere(self._check_visible, *_SHARED)
         if not read_only:
             items = {"state": ocp.StandardCheckpointHandler()}
-            items |= dict.fromkeys(("data", "meta"), ocp.JsonCheckpointHandler())
+            items |= {name: ocp.JsonCheckpointHandler() for name in ("data", "meta")}
             options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, keep_period=keep_period)
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=items)
 

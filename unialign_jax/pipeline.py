@@ -65,8 +65,9 @@ class UniAlignPipeline:
           params: by name; placed on the mesh if they are not there already.
           tokenizer, text_length, size, shift, progress: see the class.
           mesh: see `parallel.make_mesh`; None: that of the parameters, or the first device.
-          max_batch, single_size: most items worked on at once, and whether smaller batches are filled up to it instead
-            of getting smaller programs (powers of two times the parts that the mesh splits a batch into).
+          max_batch, single_size: most items worked on at once (but at least one for each part that the mesh splits a
+            batch into), and whether smaller batches are filled up to it instead of getting smaller programs (powers of
+            two times the parts).
 
         Raises:
           ValueError: a mesh that does not divide the heads or the batch.

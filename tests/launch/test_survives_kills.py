@@ -3,6 +3,7 @@
 Three kills by default; UNIALIGN_KILLS=20 kills twenty times (about a quarter of a minute each).
 """
 
+import itertools
 import json
 import os
 import pathlib
@@ -21,7 +22,7 @@ from unialign_jax.data import scenes
 
 ROOT = pathlib.Path(__file__).parents[2]
 KILLS = int(os.environ.get("UNIALIGN_KILLS", "3"))
-STEPS, EVERY = 12 * KILLS, 4
+STEPS, EVERY = 12 * KILLS + 12, 4
 SMALL = {
     "steps": STEPS,
     "model.transformer.num_layers": 1,
@@ -131,7 +132,8 @@ def curves(workdir: pathlib.Path) -> dict[tuple[int, str], float]:
         while len(data) >= 12 and len(data) >= (size := 16 + int.from_bytes(data[:8], "little")):  # not cut short
             events.append(Event.FromString(data[12 : size - 4]))
             data = data[size:]
-        files.append(events)
+        if events:  # none if it was killed before the first flush
+            files.append(events)
     values = {}
     for event in (event for events in sorted(files, key=lambda events: events[0].wall_time) for event in events):
         for value in event.summary.value:
@@ -177,15 +179,16 @@ def test_a_run_killed_at_random_moments_is_the_uninterrupted_one(command, tmp_pa
 
     begin = time.monotonic()
     inside, resumed_at, log = 0, 0, []
-    for number in range(KILLS + 1):
+    for number in itertools.count():
         newest = max(complete_steps(killed), default=0)
         assert newest >= resumed_at  # never further back than before
         resumed_at = newest
         attempt = Attempt(command, killed)
-        if number == KILLS:
+        over = number >= KILLS and (inside or number >= KILLS + 3)  # once more if a save was quicker than the kill
+        if over:
             attempt.finish()
         else:
-            how = ("save", "step", "start")[number % 3]
+            how = "save" if number >= KILLS else ("save", "step", "start")[number % 3]
             kill_somewhere(attempt, killed, how, rng, start_seconds)
             inside += how == "save" and bool(unfinished(killed))
         expected = f"resuming after step {newest}" if newest else "starting at step 0"
@@ -193,7 +196,9 @@ def test_a_run_killed_at_random_moments_is_the_uninterrupted_one(command, tmp_pa
         assert started is None or started[0] == expected
         assert newest < STEPS, "all was done before the last kill"
         log.append(f"{number}: {expected}, ended {attempt.process.returncode} after steps {attempt.steps()[-1:]}")
-    print(f"{KILLS} kills, {inside} of them inside a save, {time.monotonic() - begin:.0f} s", *log, sep="\n")
+        if over:
+            break
+    print(f"{number} kills, {inside} of them inside a save, {time.monotonic() - begin:.0f} s", *log, sep="\n")
 
     assert inside
     expected = curves(whole)

@@ -71,6 +71,8 @@ def worst(results, expected):
     [
         ("xla", 2, 77, 3, 16, True),
         ("xla", 1, 130, 1, 64, False),
+        ("cpu", 2, 77, 3, 16, True),
+        ("cpu", 1, 130, 1, 64, False),
         ("splash", 1, 1, 2, 64, False),
         ("splash", 2, 128, 2, 64, False),  # nothing to pad, no mask in the kernel
         ("splash", 2, 130, 1, 80, True),  # a head size between the kernel's
@@ -152,7 +154,7 @@ def test_auto_takes_the_kernel_of_the_platform(monkeypatch, caplog):
     assert len(caplog.records) == 2
     assert "float32" in caplog.text and "head size 20" in caplog.text
     on_this_cpu = jax.jit(functools.partial(attend, backend="auto")).lower(*(jnp.zeros(shape),) * 3)
-    assert "custom_call" not in on_this_cpu.as_text()
+    assert "custom_call" not in on_this_cpu.as_text() and "stablehlo.while" in on_this_cpu.as_text()
 
 
 @pytest.mark.parametrize(

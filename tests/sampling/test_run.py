@@ -51,6 +51,17 @@ def jsonl(path, rows):
     return path
 
 
+def tar_images(shards):
+    """Row -> PNG of all shards, in each of which it is once."""
+    images = {}
+    for shard in shards:
+        with tarfile.open(shard) as tar:
+            names = [name for name in tar.getnames() if name.endswith(".png")]
+            assert not images.keys() & {int(name[:9]) for name in names}
+            images |= {int(name[:9]): tar.extractfile(name).read() for name in names}
+    return images
+
+
 def contents(directory):
     """Name -> bytes of everything below a directory."""
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
@@ -75,7 +86,7 @@ def test_rows_that_cannot_be_made_are_named_and_the_others_are_made(run, picture
     rows = [
         {"instruction": "make it red", "image": "0.png"},
         {"instruction": "make it red", "image": "nowhere.png"},
-        {"prompt": "make it blue", "images": ["1.png"], "seed": 99},
+        {"edit_prompt": "make it blue", "original_images": ["1.png"], "seed": 99},
         {"instruction": "make it red", "image": "broken.png"},
         "not json\n",
         {"instruction": "make it red"},
@@ -109,12 +120,11 @@ def test_shards(run, pictures, tmp_path):
 
     shards = sorted((tmp_path / "tar").glob("*.tar"))
     assert [s.name for s in shards] == [f"shard-{a:09d}-{b:09d}.tar" for a, b in ((0, 4), (4, 8), (8, 10))]
-    found = {}
-    for shard in shards:
-        with tarfile.open(shard) as tar:
-            found |= {member.name: tar.extractfile(member).read() for member in tar}
-    assert [found[f"{i:09d}.png"] for i in range(10)] == expected
-    assert json.loads(found["000000007.json"])["prompt"] == found["000000007.txt"].decode() == "a red square 7"
+    images = tar_images(shards)
+    assert [images[i] for i in range(10)] == expected
+    with tarfile.open(shards[1]) as tar:
+        metadata, prompt = (tar.extractfile(f"000000007.{end}").read() for end in ("json", "txt"))
+    assert json.loads(metadata)["prompt"] == prompt.decode() == "a red square 7"
 
     records = []
     for shard in sorted((tmp_path / "records").glob("*.array_record")):
@@ -138,6 +148,9 @@ def test_texts(run, stage, pictures, tmp_path, capsys):
 
 
 def test_a_run_of_another_request_is_not_mixed_in(run, tmp_path):
+    with pytest.raises(ValueError, match="nowhere.png"):
+        run("edit", prompt="a red square", images=("nowhere.png",))
+    # That one has made nothing, so the directory is free.
     run(prompt="a red square", count=2)
     for change, key in (({"seed": 1}, "seed"), ({"prompt": "a blue disc"}, "requests"), ({"options": {}}, "options")):
         with pytest.raises(ValueError, match=f"another sampling run .*{key} was"):
@@ -185,8 +198,9 @@ from unialign_jax import distributed, sampling
 checkpoint, prompts, port, count, number, *outputs = sys.argv[1:]
 distributed.initialize(*((f"127.0.0.1:{port}", int(count), int(number)) if int(count) > 1 else ()))
 for output in outputs:
+    how = {"format": "webdataset", "shard_rows": 8} if output.endswith("shards") else {}
     sampling.sample(sampling.Job(checkpoint, "generate", output, prompts=prompts, options={"steps": 2},
-                                 dtype="float32", batch=4, progress=False))
+                                 dtype="float32", batch=4, progress=False, **how))
 """
 
 
@@ -233,7 +247,9 @@ def test_a_killed_run_goes_on_to_the_same_images_each_once(stage, tmp_path, requ
         for process in group:
             process.communicate()
         done = len(list(broken.glob("*.png")))
-    finish(start(stage[0], prompts, processes, broken))
+    finish(start(stage[0], prompts, processes, broken, tmp_path / "shards"))
     found, expected = contents(broken), contents(whole)
     assert sum(name.endswith(".png") for name in expected) == count
     assert {name: data for name, data in found.items() if not name.endswith(".partial")} == expected
+    images = tar_images((tmp_path / "shards").glob("*.tar"))  # of all processes
+    assert [images[index] for index in range(count)] == [expected[f"{index:03d}.png"] for index in range(count)]

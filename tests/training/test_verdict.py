@@ -16,10 +16,18 @@ CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
 
 def small(**changes):
-    """photos_tiny in bfloat16 at 128 x 128, 320 tokens: long enough for a kernel."""
+    """photos_tiny in bfloat16 with lengths and heads that the kernel need not pad: 144 + 112 tokens, heads of 64."""
     config = runpy.run_path(str(CONFIGS / "photos_tiny.py"))["get_config"]().lock()
-    changes = {"dtype": "bfloat16", "data.height": 128, "data.width": 128, "data.global_batch": 64} | changes
-    config.update_from_flattened_dict(changes)
+    transformer = {"num_attention_heads": 2, "attention_head_dim": 64}
+    config.update_from_flattened_dict(
+        {
+            "dtype": "bfloat16",
+            "data.global_batch": 64,
+            "data.text_length": 112,
+            **{f"model.transformer.{name}": value for name, value in transformer.items()},
+            **changes,
+        }
+    )
     return scaling.read_config(config)
 
 
@@ -61,7 +69,8 @@ def test_the_program_does_what_is_needed_and_what_its_policy_repeats(found):
     assert expected * 0.95 < work["program"] < expected * 1.1
     rates = found["overlapped"]
     assert rates["step_s"] == max(found["roofline"][name] for name in ("device", "interconnect", "dcn"))
-    assert rates["mfu"] == pytest.approx(work["model"] / (16 * 197e12 * rates["step_s"]))
+    assert rates["mfu"] == pytest.approx((work["model"] + work["frozen"]) / (16 * 197e12 * rates["step_s"]))
+    assert rates["mfu_transformer"] < rates["mfu"]
     assert found["serial"]["step_s"] > rates["step_s"]
     assert "splash" in scaling.summary(found) and "fits" in scaling.summary(found)
 
@@ -93,6 +102,7 @@ def test_roofline_by_hand():
     assert times.hbm == pytest.approx(3 * large + small + weight)
     assert times.operations == pytest.approx(max(product, large + small) + 2 * large)
     assert times.interconnect == pytest.approx(3 * 1e6 / 50e9)  # a line of four has one link at its ends
+    assert [place[3] for place in times.heaviest] == pytest.approx([max(product, large + small), 2 * large])
     assert times.dcn == pytest.approx(2e6 / 3.125e9)
     assert times.serial == pytest.approx(max(times.hbm, times.operations) + times.interconnect + times.dcn)
 

@@ -8,9 +8,11 @@ from typing import Any
 
 from etils import epath
 
-# Name -> module with a function `run() -> dict` of JSON values, and what it measures.
+# Name -> module with a function `run() -> dict` of JSON values, and what it measures. Under `files` a suite may return
+# texts by extension (a table, a plot), which are written beside the JSON.
 SUITES = {
     "data": ("unialign_jax.benchmarks.data", "the input pipeline alone, beside a PyTorch DataLoader on the same files"),
+    "sample": ("unialign_jax.benchmarks.sample", "images per second and peak memory of sampling against the batch"),
     "loop": ("unialign_jax.benchmarks.loop", "what the training loop adds to the bare compiled step"),
 }
 
@@ -20,6 +22,7 @@ def run(suite: str, file: epath.PathLike | None) -> dict[str, Any]:
     import jax  # late: the names of the suites are known without it
 
     results = importlib.import_module(SUITES[suite][0]).run()
+    files = results.pop("files", {})
     report = {
         "suite": suite,
         "device": jax.devices()[0].device_kind,
@@ -34,4 +37,6 @@ def run(suite: str, file: epath.PathLike | None) -> dict[str, Any]:
         path = epath.Path(file)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=2) + "\n")
+        for extension, text in files.items():
+            path.with_suffix(f".{extension}").write_text(text)
     return report

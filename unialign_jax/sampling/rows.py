@@ -8,13 +8,15 @@ from typing import Any
 
 from etils import epath
 
+from unialign_jax import storage
 from unialign_jax.inference import inputs
 
 NEEDS_IMAGE = ("edit", "perceive", "compose", "caption", "answer")
 NEEDS_PROMPT = ("generate", "edit", "perceive", "compose", "answer")
 TEXT_TASKS = ("caption", "answer")
-_PROMPT_KEYS = ("prompt", "instruction", "question")
-_IMAGE_KEYS = ("image", "images")
+# As in the published rows that models are trained on, too.
+_PROMPT_KEYS = ("prompt", "instruction", "edit_prompt", "question")
+_IMAGE_KEYS = ("image", "images", "original_images")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +102,8 @@ class FlagRows(Rows):
 class FileRows(Rows):
     """The lines of a file: JSON objects if its name ends in .jsonl, else prompts. Empty lines are left out.
 
-    An object has `prompt` (or `instruction`, or `question`), `image` (or `images`, a path or a list) and `seed`, as far
-    as the task needs them; other keys are ignored. Image paths are relative to the file.
+    An object has `prompt` (or `instruction`, `edit_prompt`, `question`), `image` (or `images`, `original_images`: a
+    path or a list) and `seed`, as far as the task needs them; other keys are ignored. Paths are relative to the file.
 
     Raises:
       ValueError: it has no rows.
@@ -147,4 +149,5 @@ class FileRows(Rows):
         if row.error is not None:
             return dataclasses.replace(row, error=f"{self._path}, line {number}: {row.error}")
         here = self._path.parent
-        return dataclasses.replace(row, images=tuple(str(here / path) for path in row.images))
+        paths = (path if storage.is_remote(path) else str(here / path) for path in row.images)
+        return dataclasses.replace(row, images=tuple(paths))

@@ -199,18 +199,18 @@ def _claim(job: Job, directory: epath.Path, rows: Rows, batch: int, unit: int) -
     if job.format != "png" or job.task in TEXT_TASKS:
         settings["processes"] = jax.process_count()  # each has shards of its own
     file = directory / SETTINGS_FILE
-    if not file.exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(settings, indent=2, ensure_ascii=False).encode() + b"\n")
-        return
-    found = json.loads(file.read_text())
+    directory.mkdir(parents=True, exist_ok=True)
+    found = json.loads(file.read_text()) if file.exists() else {}
     changed = [f"{key} was {found.get(key)!r} and is {value!r}" for key, value in settings.items()
                if found.get(key) != value]  # fmt: skip
-    if changed:
+    # A run that failed before it made anything leaves its settings, which bind nobody.
+    if found and changed and any(path.name != SETTINGS_FILE for path in directory.iterdir()):
         raise ValueError(
             f"{directory} holds another sampling run ({'; '.join(changed)}); go on with its settings, or choose "
             "another directory"
         )
+    if changed:
+        write_whole(file, json.dumps(settings, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
 def _pack(flags: list[bool]) -> str:

@@ -88,7 +88,15 @@ def _stream(width: int, tokens: int, joint: int, read: int) -> int:
 
 
 def recomputed_flops(
-    config: TransformerConfig, remat: str, *, batch: int, image_tokens: int, text_tokens: int, references: int
+    config: TransformerConfig,
+    remat: str,
+    *,
+    batch: int,
+    image_tokens: int,
+    text_tokens: int,
+    references: int,
+    image_pass: bool = True,
+    text_pass: bool = True,
 ) -> int:
     """FLOPs that one update computes a second time, or for nothing: what a remat policy costs, and the kernel.
 
@@ -96,13 +104,17 @@ def recomputed_flops(
     and backward. A flash kernel computes the scores once more for its backward pass under every policy.
 
     Args:
+      config: the transformer's shape.
       remat: a key of `models.unialign.REMAT_POLICIES`.
-      config, batch, image_tokens, text_tokens, references: as for `train_step_flops`.
+      batch, image_tokens, text_tokens, references, image_pass, text_pass: as for `train_step_flops`.
     """
+    passes = []
+    if image_pass:
+        passes.append((image_tokens * (1 + references), {"read_image": image_tokens, "read_text": 0}))
+    if text_pass:
+        passes.append((image_tokens, {"read_image": 0, "read_text": text_tokens}))
     total = 0
-    image_pass = (image_tokens * (1 + references), {"read_image": image_tokens, "read_text": 0})
-    text_pass = (image_tokens, {"read_image": 0, "read_text": text_tokens})
-    for images, read in (image_pass, text_pass):
+    for images, read in passes:
         joint = images + text_tokens
         block = _stream(config.width, images, joint, images) + _stream(config.width, text_tokens, joint, text_tokens)
         needed = _trunk(config, images, text_tokens, **read)

@@ -232,8 +232,9 @@ class Module:
 
     def is_transfer(self, step: Step) -> bool:
         """Whether an instruction only moves data, between devices or into vector memory, beside what computes."""
-        if step.instruction.opcode.removesuffix("-start") in (*COLLECTIVES, "copy", "slice"):
-            return step.instruction.opcode != "copy"
+        opcode = step.instruction.opcode
+        if opcode.endswith(("-start", "-done", "-update")) or opcode in COLLECTIVES:
+            return True
         marks = {_target(inner) for inner in step.inner}
         products = any(inner.opcode in ("dot", "convolution") for inner in step.inner)
         return bool(marks & {"AsyncCollectiveStart", "AsyncCollectiveDone"}) and not products

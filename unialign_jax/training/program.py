@@ -179,8 +179,6 @@ class Program:
             self.networks.transformer.config,
             **self._flop_sizes(source, size),
             aligned=self.networks.teacher is not None,
-            image_pass=source.image_pass > 0,
-            text_pass=source.text_pass > 0,
         )
 
     def recomputed_flops(self, source: SourceConfig, size: tuple[int, int] | None = None) -> int:
@@ -189,9 +187,10 @@ class Program:
             self.networks.transformer.config, self.run.remat, **self._flop_sizes(source, size)
         )
 
-    def frozen_flops(self) -> int:
+    def frozen_flops(self, source: SourceConfig) -> int:
         """Forward FLOPs of the text encoder for a batch: of masked captions, and of instructions if not cached."""
-        texts = self.run.data.global_batch * (1 if "instructions" in self.run.cached else 2)
+        per_sample = (source.text_pass > 0) + (source.image_pass > 0 and "instructions" not in self.run.cached)
+        texts = self.run.data.global_batch * per_sample
         return flops.text_encoder_flops(
             self.networks.text_encoder.config, texts=texts, tokens=self.run.data.text_length
         )
@@ -204,6 +203,8 @@ class Program:
             "image_tokens": (height // patch) * (width // patch),
             "text_tokens": self.run.data.text_length,
             "references": source.references,
+            "image_pass": source.image_pass > 0,
+            "text_pass": source.text_pass > 0,
         }
 
     def _check_size(self, height: int, width: int) -> None:

@@ -14,6 +14,8 @@ from unialign_jax.training.chips import Slices
 from unialign_jax.training.collectives import Collective
 from unialign_jax.training.hlo import Module
 
+HEAVIEST = 24  # places that are named
+
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
@@ -26,6 +28,8 @@ class Roofline:
       interconnect: transfers within a slice.
       dcn: transfers between slices.
       flops: matrix products that the program asks for on one device, not filled up.
+      heaviest: where most of `operations` goes, largest first: (place in the traced program, seconds of matrix
+        products, seconds of memory traffic, seconds of `operations`).
     """
 
     compute: float
@@ -34,6 +38,7 @@ class Roofline:
     interconnect: float
     dcn: float
     flops: float
+    heaviest: tuple[tuple[str, float, float, float], ...]
 
     @property
     def device(self) -> float:
@@ -54,6 +59,7 @@ def estimate(module: Module, transfers: Sequence[Collective], slices: Slices) ->
     chip = slices.chip
     peak, bandwidth = chip.flops / chip.devices, chip.hbm_bandwidth / chip.devices
     compute = hbm = operations = flops = 0.0
+    places: dict[str, list[float]] = {}
     for step in module.steps():
         products = module.flops(step, chip.matrix_unit) / peak * step.times
         traffic = module.traffic(step) / bandwidth * step.times
@@ -61,8 +67,12 @@ def estimate(module: Module, transfers: Sequence[Collective], slices: Slices) ->
         compute, hbm = compute + products, hbm + traffic
         if not module.is_transfer(step):
             operations += max(products, traffic)
-    seconds: collections.Counter[bool] = collections.Counter()
+            place = places.setdefault(step.instruction.op_name or step.instruction.opcode, [0.0, 0.0, 0.0])
+            for i, seconds in enumerate((products, traffic, max(products, traffic))):
+                place[i] += seconds
+    waits: collections.Counter[bool] = collections.Counter()
     for transfer in transfers:
         time = transfer.times * transfer.bytes / slices.bandwidth(transfer.group)
-        seconds[slices.several(transfer.group)] += time
-    return Roofline(compute, hbm, operations, seconds[False], seconds[True], flops)
+        waits[slices.several(transfer.group)] += time
+    ordered = sorted(((name, *seconds) for name, seconds in places.items()), key=lambda place: -place[3])
+    return Roofline(compute, hbm, operations, waits[False], waits[True], flops, tuple(ordered[:HEAVIEST]))

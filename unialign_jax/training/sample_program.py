@@ -77,7 +77,7 @@ class SampleProgram:
         """None: nothing is differentiated."""
         return 0
 
-    def frozen_flops(self) -> int:
+    def frozen_flops(self, source: SourceConfig) -> int:
         """FLOPs of the text encoder: the prompts and the negative one, which every device encodes for itself."""
         texts = self.run.data.global_batch + self.mesh.size
         return flops.text_encoder_flops(

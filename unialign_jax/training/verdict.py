@@ -206,20 +206,21 @@ def _activation_gathers(transfers: list[collectives.Collective], arguments: dict
 def _speed(
     built: Program | SampleProgram, bucket: Any, times: roofline.Roofline, where: Slices, chips: int
 ) -> dict[str, Any]:
-    needed = built.model_flops(bucket)
+    model, frozen = built.model_flops(bucket), built.frozen_flops(bucket)
     chip, batch = where.chip, built.run.data.global_batch
 
     def rates(seconds: float) -> dict:
         return {
             "step_s": seconds,
             "images_per_s_per_chip": batch / seconds / chips,
-            "mfu": needed / (seconds * chips * chip.flops),
+            "mfu": (model + frozen) / (seconds * chips * chip.flops),
+            "mfu_transformer": model / (seconds * chips * chip.flops),
         }
 
     return {
         "flops": {
-            "model": needed,
-            "frozen": built.frozen_flops(),
+            "model": model,
+            "frozen": frozen,
             "recomputed": built.recomputed_flops(bucket),
             "program": round(times.flops * where.chip.devices * chips),
         },

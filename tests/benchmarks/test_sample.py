@@ -1,0 +1,18 @@
+"""The benchmark of sampling, with few batches: what it reports. Its times are not judged here."""
+
+import json
+
+from unialign_jax.benchmarks import sample, suites
+
+
+def test_report(tmp_path, monkeypatch):
+    for name, value in {"_LARGEST": 2, "_ROUNDS": 1, "_STEPS": 2, "_FULL": 0.0}.items():
+        monkeypatch.setattr(sample, name, value)
+    report = suites.run("sample", tmp_path / "sample.json")
+    assert json.loads((tmp_path / "sample.json").read_text()) == report
+    one, two = report["rows"]
+    assert (one["batch"], two["batch"]) == (1, 2) and report["full_at"] is None and report["model"] == "small"
+    assert 0 < one["peak_gib"] < two["peak_gib"] < 1  # of one transformer, and of one batch more
+    assert (tmp_path / "sample.md").read_text().count("\n") == 4
+    svg = (tmp_path / "sample.svg").read_text()
+    assert svg.startswith("<svg") and svg.count("<circle") == 2

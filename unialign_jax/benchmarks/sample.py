@@ -1,0 +1,172 @@
+"""Sampling throughput against the batch size, until the device is full, and the memory that it takes.
+
+On accelerators the model has the published size and makes 512 x 512 images in bfloat16; on a CPU it is a small one. The
+weights are random: time and memory do not depend on them. Every batch goes through `UniAlignPipeline.generate`, text
+encoder and decoder included, with guidance.
+"""
+
+import statistics
+import time
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from unialign_jax import parallel
+from unialign_jax.data.tokenizer import Tokenizer
+from unialign_jax.inference import programs
+from unialign_jax.models.autoencoder import AutoencoderConfig
+from unialign_jax.models.t5 import T5Config
+from unialign_jax.models.unialign import TransformerConfig
+from unialign_jax.networks import build_networks
+from unialign_jax.pipeline import UniAlignPipeline
+
+_STEPS = 10  # timed; the figures are for _PUBLISHED_STEPS, whose network evaluations take as long
+_PUBLISHED_STEPS = 50
+_ROUNDS = 3
+_LARGEST = 64  # a device
+_FULL = 1.03  # a doubling that gains less than this finds the device full
+
+_SMALL = {
+    "transformer": {
+        "sample_size": 32, "num_layers": 4, "attention_head_dim": 32, "num_attention_heads": 4, "in_channels": 12,
+        "out_channels": 12, "joint_attention_dim": 64, "caption_projection_dim": 128, "pos_embed_max_size": 16,
+        "vocab_size": 64, "adapter_hidden": 32, "semantic_dim": 32, "mask_token_id": 63,
+    },
+    "text_encoder": {"vocab_size": 64, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4},
+    "pixel_codec": {"patch": 2},
+}  # fmt: skip
+
+
+def run() -> dict[str, Any]:
+    """Times batches of 1, 2, 4, ... per device.
+
+    Returns:
+      `rows`, one for each batch: `batch`, `seconds` of it, `images_per_second` at 50 steps, `peak_gib` of one device
+      (what its allocator says, or, where it says nothing, what the compiler planned for the steps); `full_at`, the
+      batch from which a doubling gains less than 3 %, or None; `files`: a table and a plot.
+    """
+    small = jax.devices()[0].platform == "cpu"
+    mesh = parallel.make_mesh("fsdp")
+    pipeline = _pipeline(mesh, small)
+    rows: list[dict[str, Any]] = []
+    full_at = None
+    for batch in (mesh.size * 2**k for k in range(_LARGEST.bit_length())):
+        try:
+            rows.append(_measure(pipeline, batch))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            break
+        if len(rows) > 1 and rows[-1]["images_per_second"] < _FULL * rows[-2]["images_per_second"]:
+            full_at = rows[-2]["batch"]
+            break
+    return {
+        "model": "small" if small else "published",
+        "size": list(pipeline.size),
+        "rows": rows,
+        "full_at": full_at,
+        "files": {"md": table(rows), "svg": plot(rows)},
+    }
+
+
+def _pipeline(mesh: jax.sharding.Mesh, small: bool) -> UniAlignPipeline:
+    dtype = "float32" if small else "bfloat16"
+    published = {"transformer": TransformerConfig(), "text_encoder": T5Config(), "autoencoder": AutoencoderConfig()}
+    model = _SMALL if small else {name: vars(config) for name, config in published.items()}
+    networks = build_networks(model, dtype=dtype)
+    boxed = networks.abstract()
+    shardings = parallel.param_shardings(boxed, mesh, check=False)
+
+    # Constants: drawing weights of the published size takes longer than sampling with them.
+    def make():
+        return jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, dtype), nn.unbox(boxed))
+
+    tokenizer = Tokenizer.learn(["a red square on a green field", "a blue disc"], 40)
+    side, length = (64, 64) if small else (512, 256)
+    params = jax.jit(make, out_shardings=shardings)()
+    return UniAlignPipeline(
+        networks, params, tokenizer, text_length=length, size=(side, side), mesh=mesh, max_batch=_LARGEST * mesh.size
+    )
+
+
+def _measure(pipeline: UniAlignPipeline, batch: int) -> dict[str, Any]:
+    def seconds(steps: int) -> float:
+        start = time.perf_counter()
+        pipeline.generate(["a red square"] * batch, steps=steps, output="array")
+        return time.perf_counter() - start
+
+    seconds(1)  # compiles
+    # The difference is what steps cost; what is left is encoders and hand-over, once a batch.
+    one = statistics.median(seconds(1) for _ in range(_ROUNDS))
+    many = statistics.median(seconds(_STEPS) for _ in range(_ROUNDS))
+    step = (many - one) / (_STEPS - 1)
+    whole = one + (_PUBLISHED_STEPS - 1) * step
+    return {
+        "batch": batch,
+        "seconds": round(whole, 4),
+        "images_per_second": round(batch / whole, 4),
+        "peak_gib": round(_peak_bytes(pipeline, batch) / 2**30, 4),
+    }
+
+
+def _peak_bytes(pipeline: UniAlignPipeline, batch: int) -> int:
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    made = programs.image_programs(pipeline.networks, pipeline.mesh)
+    shape = (batch, *pipeline.networks.latent_shape(*pipeline.size))
+    width = pipeline.networks.text_encoder.config.d_model
+    split = parallel.batch_sharding(pipeline.mesh)
+    latents, states = (
+        jax.ShapeDtypeStruct(s, d, sharding=split)
+        for s, d in ((shape, jnp.float32), ((batch, pipeline.text_length, width), pipeline.networks.transformer.dtype))
+    )
+    conditions = ({"text": states}, {"text": states})
+    sigmas = jax.ShapeDtypeStruct((programs.MAX_STEPS + 1,), jnp.float32)
+    with jax.set_mesh(pipeline.mesh):
+        lowered = made.advance.lower(
+            pipeline.params, latents, conditions, jax.ShapeDtypeStruct((1,), jnp.float32), sigmas, 0, 1
+        )
+    memory = lowered.compile().memory_analysis()
+    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = ["| batch | seconds a batch | images/s | peak memory a device, GiB |", "| ---: | ---: | ---: | ---: |"]
+    for row in rows:
+        lines.append(
+            f"| {row['batch']} | {row['seconds']:.3g} | {row['images_per_second']:.3g} | {row['peak_gib']:.3g} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[dict[str, Any]], width: int = 480, height: int = 300) -> str:
+    """Images per second against the batch, on a logarithmic axis, as SVG."""
+    left, bottom, top = 64, 44, 16
+    highest = max(row["images_per_second"] for row in rows) * 1.1
+    step = (width - left - 24) / max(1, len(rows) - 1)
+    points = [
+        (left + i * step, top + (height - bottom - top) * (1 - row["images_per_second"] / highest))
+        for i, row in enumerate(rows)
+    ]
+    base = height - bottom
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif"',
+        ' font-size="12">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        f'<path d="M{left} {top}V{base}H{width - 16}" fill="none" stroke="black"/>',
+        f'<text x="{(width + left) / 2:.0f}" y="{height - 8}" text-anchor="middle">batch</text>',
+        f'<text transform="translate(16 {height / 2:.0f}) rotate(-90)" text-anchor="middle">images per second</text>',
+        f'<polyline points="{line}" fill="none" stroke="#1f6feb" stroke-width="2"/>',
+    ]  # fmt: skip
+    for row, (x, y) in zip(rows, points, strict=True):
+        parts += [
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="#1f6feb"/>',
+            f'<text x="{x:.1f}" y="{base + 16}" text-anchor="middle">{row["batch"]}</text>',
+            f'<text x="{x:.1f}" y="{y - 8:.1f}" text-anchor="middle">{row["images_per_second"]:.3g}</text>',
+        ]
+    return "\n".join([*parts, "</svg>"]) + "\n"
