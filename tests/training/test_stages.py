@@ -1,12 +1,12 @@
 """Three stages of a very small model on a few scenes: what starts from what, interruptions, adapters, refusals."""
 
 import copy
-import functools
 import itertools
 import pathlib
 import runpy
 import shutil
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +17,10 @@ from unialign_jax import convert, pretrained
 from unialign_jax.checkpoints import Checkpoints
 from unialign_jax.data import scenes
 from unialign_jax.data.schedule import next_stream
+from unialign_jax.data.tokenizer import Tokenizer
 from unialign_jax.networks import build_networks
-from unialign_jax.training import loop, run_config, stages
+from unialign_jax.state import TrainState
+from unialign_jax.training import loop, run_config, saved_config, stages
 from unialign_jax.training.run_config import ConfigError
 from unialign_jax.training.saved_config import ConfigChanged
 from unialign_jax.training.stages import StageNotFinished
@@ -222,24 +224,28 @@ def test_earlier_tasks_are_rehearsed_by_their_weights(family):
         assert all(source.path == f"rows/{source.task}.jsonl" for source in run.data.sources)
 
 
-def test_adapters_are_saved_alone_and_merge_for_pytorch(corpus, tmp_path):
-    """The exported model, read back, computes what the base with adapters does in the training step."""
+def test_adapters_alone_are_saved_and_merge_for_pytorch(corpus, tmp_path):
+    """The exported model, read back, computes what its base with adapters does in the training step."""
     config = make_config(corpus, "pretrain")
-    config.stage = "adapted"
-    config.lora.update(rank=2, targets=("transformer/blocks/*/query", "transformer/blocks/*/mlp_up"), alpha=8.0)
-    config.optimizer.learning_rate = 0.05
-    config.steps = 1
-    assert stages.train(config, tmp_path / "run")
-    adapters = saved(tmp_path / "run", "adapted", "ema")
-    assert set(adapters) == {"transformer"} and set(adapters["transformer"]) == {"blocks"}
-    assert np.abs(adapters["transformer"]["blocks"]["image"]["query"]["kernel"]["lora_b"]).max() > 0
-
     networks = build_networks(config.model.to_dict(), dtype="float32")
-    tuning = Tuning.of(config.to_dict())
-    # What is frozen is not saved: here it is made anew from the seed.
-    init_key, _ = jax.random.split(jax.random.key(config.seed))
-    base = jax.jit(networks.init)(init_key)
     random = np.random.default_rng(0)
+
+    def draw(tree):
+        return jax.tree.map(lambda x: jnp.asarray(0.2 * random.normal(size=x.shape), jnp.float32), tree)
+
+    def save(stage, params, init):
+        Tokenizer.learn(["a red square on a green field", "a blue disc"], 40).save(tmp_path / stage / "tokenizer")
+        meta = {"config": saved_config.as_json(config), "init": init}
+        with Checkpoints(tmp_path / stage / "checkpoints") as checkpoints:
+            checkpoints.save(STEPS, TrainState(jnp.int32(STEPS), draw(params), {}, params), {}, meta)
+
+    shapes = {name: tree for name, tree in nn.unbox(networks.abstract()).items() if name in config.trained}
+    base = draw(shapes)
+    save("pretrain", base, None)
+    config.lora.update(rank=2, targets=("transformer/blocks/*/query", "transformer/blocks/*/mlp_up"), alpha=8.0)
+    tuning = Tuning.of(config.to_dict())
+    adapters = draw(tuning.trained_of(base, jax.random.key(0)))
+    save("adapted", adapters, "../pretrain/checkpoints/2")
     inputs = [jnp.asarray(random.normal(size=shape), jnp.float32) for shape in ((2, 8, 8, 12), (2, 12, 16))]
 
     @jax.jit
@@ -249,7 +255,7 @@ def test_adapters_are_saved_alone_and_merge_for_pytorch(corpus, tmp_path):
     expected = velocity(tuning.merge(base, adapters))
     assert np.abs(expected - velocity(base)).max() > 1e-3
 
-    model = pretrained.load(tmp_path / "run" / "adapted", dtype="float32")
+    model = pretrained.load(tmp_path / "adapted", dtype="float32")
     convert.write_torch(
         model.description, model.params, tmp_path / "torch", tokenizer=model.tokenizer_directory, progress=False
     )
@@ -257,6 +263,5 @@ def test_adapters_are_saved_alone_and_merge_for_pytorch(corpus, tmp_path):
     back = pretrained.load(tmp_path / "back", dtype="float32")
     np.testing.assert_allclose(velocity(back.params), expected, atol=1e-5)
     # Another stage starts from the merged model.
-    abstract = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype))
-    start = pretrained.initial_params(networks, jax.random.key(0), abstract(base), tmp_path / "run" / "adapted")
+    start = pretrained.initial_params(networks, jax.random.key(0), shapes, tmp_path / "adapted")
     np.testing.assert_allclose(velocity(start), expected, atol=1e-6)
