@@ -21,6 +21,7 @@ _SLICES = flags.DEFINE_integer("slices", 1, "Slices that train together.", lower
 _PROGRAM = flags.DEFINE_enum("program", "train", ["train", "sample"], "Which program to compile.")
 _SOURCE = flags.DEFINE_string("source", None, "Name of the data source whose batches enter; the first by default.")
 _JSON = flags.DEFINE_string("json", None, "File for the verdict.")
+_HLO = flags.DEFINE_string("hlo", None, "File for the compiled program's text, to see why the verdict is what it is.")
 _TABLE = flags.DEFINE_string("table", None, "Makes the table of docs/scaling.md in this file; needs no other option.")
 
 
@@ -41,6 +42,7 @@ def main() -> None:
         slices=_SLICES.value,
         program=_PROGRAM.value,
         source=_SOURCE.value,
+        hlo_file=_HLO.value,
     )
     if _JSON.value is not None:
         scaling.write(found, _JSON.value)

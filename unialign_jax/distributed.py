@@ -21,8 +21,6 @@ from jax._src import distributed as jax_distributed  # the coordination service'
 from jax._src.lib import _jax
 from jax.experimental import multihost_utils
 
-# Seconds that a process which ends waits for the others to end too: one that fails does not wait for those that hang.
-_SHUTDOWN = 60
 # Seconds by which the processes outwait the coordinator, which says who is missing.
 _MARGIN = 20
 _KEYS = "unialign_jax/"  # of the coordination service's key-value store
@@ -57,9 +55,7 @@ def initialize(
     address, total, number = placed
     print(f"process {number} of {total} on {socket.gethostname()}: meeting the others at {address}", flush=True)
     with _missing_processes_named(timeout):
-        jax.distributed.initialize(
-            address, total, number, initialization_timeout=timeout + _MARGIN, shutdown_timeout_seconds=_SHUTDOWN
-        )
+        jax.distributed.initialize(address, total, number, initialization_timeout=timeout + _MARGIN)
     _client().key_value_set(f"{_KEYS}host/{number}", socket.gethostname())
 
 

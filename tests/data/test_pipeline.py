@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from unialign_jax.data import pipeline
 from unialign_jax.data.pipeline import DataConfig, SourceConfig, make_batches, merge_states
 from unialign_jax.data.report import CorpusError
 from unialign_jax.data.schedule import next_stream
@@ -163,8 +164,10 @@ def hosts(count, *arguments):
     return [make_batches(*arguments, slots=part) for part in slots]
 
 
-def test_restarts_on_other_numbers_of_hosts_yield_exactly_what_was_not_seen(corpus):
+@pytest.mark.parametrize("chunk", [8, 3])
+def test_restarts_on_other_numbers_of_hosts_yield_exactly_what_was_not_seen(corpus, monkeypatch, chunk):
     """1 -> 2 -> 4 -> 3 (two of which hold the same samples) -> 1 hosts, in the middle of passes."""
+    monkeypatch.setattr(pipeline, "_CHUNK", chunk)
     sources = corpus(30, "a.jsonl", spoil=(3, 17)), SourceConfig(corpus(13, "b.jsonl", first=100), weight=0.5)
     setting = config(*sources, refused_share=0.1, seed=5)
     with make_batches(setting, Bytes()) as batches:

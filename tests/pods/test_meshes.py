@@ -132,7 +132,7 @@ def report():
         "--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=600",
     }
     done = subprocess.run(
-        [sys.executable, __file__], env=os.environ | virtual, capture_output=True, text=True, timeout=900
+        [sys.executable, __file__], env=os.environ | virtual, capture_output=True, text=True, timeout=1800
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return {tuple(entry["case"]): entry for entry in json.loads(done.stdout.splitlines()[-1])}

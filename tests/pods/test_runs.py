@@ -75,18 +75,23 @@ def run(corpus, start):
             devices=devices,
         )
         outcomes = finish(running)
-        assert [process.returncode for process in running] == [0] * processes, [e[-3000:] for _, e in outcomes]
+        assert [process.returncode for process in running] == [0] * processes, [told(e) for _, e in outcomes]
         return [json.loads(out.splitlines()[-1]) for out, _ in outcomes]
 
     return run
 
 
-def finish(running, timeout=900):
+def finish(running, timeout=1800):
     try:
         return [process.communicate(timeout=timeout) for process in running]
     finally:
         for process in running:
             process.kill()
+
+
+def told(errors: str) -> str:
+    """The end of what a process wrote, and what ended it: the libraries' lines that begin with E or F."""
+    return "\n".join([line for line in errors.splitlines() if line[:2] in ("E1", "E0", "F1", "F0")] + [errors[-3000:]])
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +190,7 @@ def test_sigterm_to_one_of_two_processes_ends_both_with_the_same_step_saved(star
             break
     running[1].send_signal(signal.SIGTERM)
     (output, errors), (other, _) = finish(running)
-    assert [process.returncode for process in running] == [75, 75], errors[-3000:]
+    assert [process.returncode for process in running] == [75, 75], told(errors)
     with Checkpoints(stage(tmp_path), read_only=True) as checkpoints:
         (step,) = checkpoints.all_steps()
     assert step > 3 and f"told to stop (SIGTERM): saved step {step}" in output

@@ -1,6 +1,7 @@
 """The analytic count, against the parameters it multiplies, and against what XLA counts in an unrolled network."""
 
 import dataclasses
+import functools
 import math
 
 import flax.linen as nn
@@ -185,3 +186,11 @@ def test_text_encoder_counts_every_kernel_and_both_attention_products():
     kernels = 24 * 16 * 3 + 16 * 24 + 24 * 40 * 3
     expected = 5 * 3 * (2 * 7 * kernels + 2 * 2 * 7 * 7 * 16)
     assert flops.text_encoder_flops(config, texts=5, tokens=7) == expected
+
+
+def test_a_pass_that_is_left_out_does_not_count():
+    count = functools.partial(
+        flops.train_step_flops, SMALL, batch=2, image_tokens=IMAGE, text_tokens=TEXT, references=1, aligned=True
+    )
+    assert count(text_pass=False) + count(image_pass=False) == count()
+    assert count(text_pass=False) > 3 * 2 * flops.image_pass_flops(SMALL, IMAGE, TEXT, references=1)

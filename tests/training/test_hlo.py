@@ -38,6 +38,10 @@ TPU_PROGRAM = """HloModule made_up, is_scheduled=true
   ROOT %out = (s32[]{:T(128)}, f32[8,128]{1,0}, bf16[6,256,512]{2,1,0}) tuple(%next, %values, %weights)
 }
 
+%beside (x: f32[8]) -> f32[8] {
+  ROOT %x.1 = f32[8]{0} parameter(0)
+}, execution_thread="sparsecore"
+
 ENTRY %main (values: f32[8,128], weights: bf16[6,256,512]) -> f32[8,128] {
   %values.1 = f32[8,128]{1,0:T(8,128)} parameter(0)
   %weights.1 = bf16[6,256,512]{2,1,0:T(8,128)(2,1)} parameter(1)

@@ -112,7 +112,8 @@ def test_the_published_size_is_split_as_reviewed(strategy, devices):
 def test_batches_of_a_source():
     program = make_program("data=2+fsdp+sequence=2")
     batch = program.batch(SourceConfig("rows.jsonl", references=2))
-    assert batch.references.shape == (16, 2, 64, 64, 3) and batch.references.dtype == jnp.uint8
+    size = (program.run.data.height, program.run.data.width)
+    assert batch.references.shape == (16, 2, *size, 3) and batch.references.dtype == jnp.uint8
     assert batch.teacher_ids.shape == (16, 64) and batch.null_ids.shape == (64,)
     assert specs(batch)[".references"] == PartitionSpec(("data", "fsdp"))
     assert specs(batch)[".null_ids"] == PartitionSpec()

@@ -223,3 +223,15 @@ def test_what_a_cache_provides_changes_nothing(references):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), one.params, other.params)
     # What is cached needs no network: only the text encoder, for the masked captions, is still read.
     step_of()(state, {"text_encoder": frozen["text_encoder"]}, cached, key)
+
+
+def test_the_average_can_start_short():
+    """By option its rate is (1 + n) / (10 + n) after n steps, up to the one configured."""
+    config = OptimizerConfig(learning_rate=0.1, warmup_steps=0, ema_rate=0.2, ema_warmup=True)
+    state = create_state({"x": {"kernel": jnp.ones((1, 1))}}, config)
+    average = 1.0
+    for step in range(5):
+        state = apply_gradients(state, {"x": {"kernel": jnp.ones((1, 1))}}, config)
+        rate = min((1 + step) / (10 + step), 0.2)
+        average = rate * average + (1 - rate) * float(state.params["x"]["kernel"][0, 0])
+        np.testing.assert_allclose(state.ema["x"]["kernel"][0, 0], average, rtol=1e-6)

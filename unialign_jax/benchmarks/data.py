@@ -1,7 +1,7 @@
 """The input pipeline alone, beside a PyTorch DataLoader that decodes and resizes the same files.
 
 Both make batches of 512 x 512 pixels of JPEG photographs of 640 x 480: from image files, and ours from ArrayRecord
-shards too. Ours also shuffles, counts and tokenizes captions. The figure to compare is images per second of CPU time,
+shards as well. Ours also shuffles, counts and tokenizes captions. What to compare is images per second of CPU time,
 of this process and its workers: it does not depend on what else the machine is doing.
 """
 
@@ -28,6 +28,7 @@ from unialign_jax.data.tokenizer import Tokenizer
 SIZE = 512
 BATCH = 16
 _PHOTOS = 256
+_WORKERS = (0, os.cpu_count())
 _WARM_UP = 4  # batches
 _ROUNDS = 3
 _BATCHES = 20  # per round
@@ -50,7 +51,7 @@ def run(rows: str | None = None) -> dict[str, Any]:
         files = [JsonlSource(rows)[i].target for i in range(len(JsonlSource(rows)))]
         tokenizer = Tokenizer.learn([f"a photograph number {i}" for i in range(100)], 40)
         results = []
-        for workers in (0, os.cpu_count()):
+        for workers in _WORKERS:
             makers = {
                 "ours, image files": lambda w: _ours(SourceConfig(rows, task="generate"), tokenizer, w),
                 "ours, ArrayRecord": lambda w: _ours(SourceConfig(shards, "tfds", "generate"), tokenizer, w),

@@ -83,8 +83,8 @@ class Module:
         self.computations: dict[str, Computation] = {}
         self.entry = ""
         current: Computation | None = None
-        # A string among the attributes may hold line breaks.
-        for line in re.sub(r"\n(?![ ]+(?:ROOT )?%|[%}\n]|ENTRY|HloModule)|\n(?=\}[^\n])", " ", text).splitlines():
+        # A string among the attributes may hold line breaks; such lines belong to the one before.
+        for line in re.sub(r"\n(?![ ]+(?:ROOT )?%|[%\n]|\}(?!\})|ENTRY|HloModule)", " ", text).splitlines():
             if current is None:
                 if header := _HEADER.match(line):
                     current = self.computations.setdefault(header.group(2), {})
@@ -232,8 +232,9 @@ class Module:
 
     def is_transfer(self, step: Step) -> bool:
         """Whether an instruction only moves data, between devices or into vector memory, beside what computes."""
-        if step.instruction.opcode.removesuffix("-start") in (*COLLECTIVES, "copy", "slice"):
-            return step.instruction.opcode != "copy"
+        opcode = step.instruction.opcode
+        if opcode.endswith(("-start", "-done", "-update")) or opcode in COLLECTIVES:
+            return True
         marks = {_target(inner) for inner in step.inner}
         products = any(inner.opcode in ("dot", "convolution") for inner in step.inner)
         return bool(marks & {"AsyncCollectiveStart", "AsyncCollectiveDone"}) and not products

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import ml_collections
@@ -139,25 +140,31 @@ def summary(verdict: dict[str, Any]) -> str:
 def make_table(path: epath.PathLike) -> None:
     """Renews the table in a Markdown file, judging the cases whose JSON is not beside it (`scaling/`) yet.
 
-    One process for each, since libtpu takes its flags once. May be interrupted: what is judged stays.
+    One process for each, since libtpu takes its flags once. The table is written before the first and after each, with
+    the cases that are judged by then, so that an interrupted run leaves one, and the next goes on.
 
     Raises:
       ValueError: a case could not be judged; or the file has no marker that says where the table begins.
     """
     path = epath.Path(path)
+    files = {case: path.parent / path.stem / f"{case.name}.json" for case in CASES}
+    _write_table(path, files.values())
+    for case, file in files.items():
+        if file.exists():
+            continue
+        print(f"compiling {case.name}", flush=True)
+        done = subprocess.run(case.command(file), check=False, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(f"{case.name}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+        _write_table(path, files.values())
+
+
+def _write_table(path: epath.Path, files: Iterable[epath.Path]) -> None:
     text = path.read_text()
     if MARKER not in text:
         raise ValueError(f"{path}: expected the line {MARKER!r}, below which the table goes")
-    rows = []
-    for case in CASES:  # the table is renewed after each, so that an interrupted run leaves one
-        file = path.parent / path.stem / f"{case.name}.json"
-        if not file.exists():
-            print(f"compiling {case.name}", flush=True)
-            done = subprocess.run(case.command(file), check=False, capture_output=True, text=True)
-            if done.returncode:
-                raise ValueError(f"{case.name}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-        rows.append(_row(json.loads(file.read_text())))
-        path.write_text(text[: text.index(MARKER)] + MARKER + "\n\n" + "\n".join([_HEAD, *rows]) + "\n")
+    rows = [_row(json.loads(file.read_text())) for file in files if file.exists()]
+    path.write_text(text[: text.index(MARKER)] + MARKER + "\n\n" + "\n".join([_HEAD, *rows]) + "\n")
 
 
 _COLUMNS = (

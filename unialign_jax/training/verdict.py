@@ -13,6 +13,7 @@ import re
 from typing import Any
 
 import jax
+from etils import epath
 
 from unialign_jax import accelerator_flags, parallel
 from unialign_jax.training import collectives, hlo, roofline
@@ -60,7 +61,15 @@ def describe(topology: str, slices: int = 1) -> list[Any]:
         raise ValueError(f"topology {topology!r}: {str(error).splitlines()[0]}") from error
 
 
-def judge(run: RunConfig, topology: str, *, slices: int = 1, program: str = "train", source: str | None = None) -> dict:
+def judge(
+    run: RunConfig,
+    topology: str,
+    *,
+    slices: int = 1,
+    program: str = "train",
+    source: str | None = None,
+    hlo_file: epath.PathLike | None = None,
+) -> dict:
     """Compiles a program of a run for a topology, and says what is to be known about it.
 
     Args:
@@ -69,6 +78,7 @@ def judge(run: RunConfig, topology: str, *, slices: int = 1, program: str = "tra
       slices: how many of them train together.
       program: "train", the step, or "sample", the image sampler with `run.log`'s steps and guidance.
       source: the name of the source whose batches enter; None: the first.
+      hlo_file: where the compiled program's text goes; None: nowhere.
 
     Returns:
       Plain JSON values; see `docs/scaling.md` for what each means.
@@ -102,13 +112,16 @@ def judge(run: RunConfig, topology: str, *, slices: int = 1, program: str = "tra
         "flags": accelerator_flags.environment(_generation(topology), slices),
     }
     try:
-        compiled = built.lower(bucket).compile()
+        compiled = _compile(built.lower(bucket))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return verdict | {"fits": False, "compiler": str(error).splitlines()[0]}
     memory = _memory(built.parts(bucket), compiled, where.chip)
-    module = hlo.Module(compiled.as_text())
+    text = compiled.as_text()
+    if hlo_file is not None:
+        epath.Path(hlo_file).write_text(text)
+    module = hlo.Module(text)
     transfers = collectives.read(module, dict(mesh.shape))
     times = roofline.estimate(module, transfers, where)
     return (
@@ -131,6 +144,16 @@ def _generation(topology: str) -> str:
             f"{', '.join(CHIPS)}"
         )
     return generation
+
+
+def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Without the persistent cache: what is compiled for described devices can be written there, not read back."""
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
 
 
 def _memory(arguments: dict[str, Any], compiled: jax.stages.Compiled, chip: Any) -> dict:
