@@ -137,9 +137,10 @@ def test_reference_guidance_is_a_scale_of_its_own(pipeline):
     )
     made = pipeline.edit(**request, guidance=5.0, reference_guidance=1.7, negative_prompt=" ")
     expected = none + 1.7 * (reference - none) + 5.0 * (both - reference)
-    np.testing.assert_allclose(made, expected, atol=2e-4)
+    # Latents of about 40, whose float32 rounding the scales multiply.
+    np.testing.assert_allclose(made, expected, atol=1e-3, rtol=0)
     single = pipeline.edit(**request, guidance=5.0, negative_prompt=" ")
-    np.testing.assert_allclose(single, reference + 5.0 * (both - reference), atol=2e-4)
+    np.testing.assert_allclose(single, reference + 5.0 * (both - reference), atol=1e-3, rtol=0)
 
 
 def test_previews_come_after_every_step_and_change_nothing(pipeline, capsys):

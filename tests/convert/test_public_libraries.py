@@ -7,54 +7,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.attention import JointTransformerBlock
-from diffusers.models.embeddings import PatchEmbed, TimestepEmbedding
-from diffusers.models.normalization import AdaLayerNormContinuous
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, models
-from torch import nn
 from transformers import T5EncoderModel, T5TokenizerFast
 
 from unialign_jax import convert
-
-
-class _Time(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.timestep_embedder = TimestepEmbedding(in_channels=256, time_embed_dim=width)
-
-
-class _Adapter(nn.Module):
-    def __init__(self, width, hidden, out):
-        super().__init__()
-        self.fc = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, out))
-
-
-class SD3JointModelFlexible(ModelMixin, ConfigMixin):
-    """The public transformer's parameters, from diffusers' parts; like it, it takes any further config key."""
-
-    @register_to_config
-    def __init__(
-        self, vocab_size, sample_size, patch_size, in_channels, num_layers, attention_head_dim, num_attention_heads,
-        joint_attention_dim, caption_projection_dim, out_channels, pos_embed_max_size, **kwargs,
-    ):  # fmt: skip
-        super().__init__()
-        width = attention_head_dim * num_attention_heads
-        self.pos_embed = PatchEmbed(
-            sample_size, sample_size, patch_size, in_channels, width, pos_embed_max_size=pos_embed_max_size
-        )
-        self.null_image_embd = nn.Parameter(torch.zeros(1, 8, width))
-        self.time_text_embed = _Time(width)
-        self.context_embedder = nn.Linear(joint_attention_dim, caption_projection_dim)
-        self.transformer_blocks = nn.ModuleList(
-            JointTransformerBlock(width, num_attention_heads, attention_head_dim, context_pre_only=False)
-            for _ in range(num_layers)
-        )
-        self.image_norm_out = AdaLayerNormContinuous(width, width, elementwise_affine=False, eps=1e-6)
-        self.image_proj_out = nn.Linear(width, patch_size * patch_size * out_channels)
-        self.text_proj_out = nn.Linear(width, vocab_size)
-        self.siglip_adapter_img, self.siglip_adapter_text = (_Adapter(width, 56, 40) for _ in range(2))
+from unialign_jax.convert.torch_pipeline import SD3JointModelFlexible
 
 
 class UniAlignmentPipeline(DiffusionPipeline):

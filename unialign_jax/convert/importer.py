@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -79,7 +80,7 @@ def to_jax(
     components = _open(folders, None if mask_token is None else pathlib.Path(mask_token), seed)
     sources.raise_problems(list(components.values()))
     model = _model(folders, components)
-    sizes = {network: sum(map(nbytes, part.tensors.values())) for network, part in components.items()}
+    sizes = {network: _written_bytes(part) for network, part in components.items()}
     with (
         workspace.new_directory(target, sum(sizes.values())) as partial,
         workspace.progress_bar(sum(sizes.values()), progress) as bar,
@@ -239,6 +240,11 @@ def _model(folders: _Folders, components: dict[str, Component]) -> dict[str, Any
     index = folders.source / "model_index.json"
     model["pipeline"] = configs.pipeline_classes(configs.read_json(index) if index.exists() else {})
     return {**store.HEADER, **model}
+
+
+def _written_bytes(component: Component) -> int:
+    """Of a network's leaves, of which the position table is smaller than its tensor."""
+    return sum(math.prod(row.jax_shape) * component.tensors[row.names[0]].dtype.itemsize for row in component.rows)
 
 
 def _stream(row: Row, tensors: dict[str, Tensor], done: Callable[[int], object]) -> store.Stream:
