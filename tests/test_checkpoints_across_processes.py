@@ -131,7 +131,7 @@ def run(task: str, directory: pathlib.Path, *, processes: int, devices: int) -> 
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "NPROC": str(2 * devices),  # fewer threads than that can deadlock in collectives
+        "NPROC": str(16 * devices),  # on few threads collectives can deadlock
     }
     running = []
     try:

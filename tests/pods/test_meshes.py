@@ -125,7 +125,7 @@ def main() -> None:
 @pytest.fixture(scope="module")
 def report():
     virtual = {
-        "NPROC": "16",  # sharded programs deadlock on fewer threads than twice the devices
+        "NPROC": "128",  # sharded programs deadlock on few threads: each collective under way holds one
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true "

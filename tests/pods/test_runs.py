@@ -39,7 +39,7 @@ def start(corpus, tmp_path_factory):
             **os.environ,
             "JAX_PLATFORMS": "cpu",
             "PYTHONPATH": str(ROOT),
-            "NPROC": str(2 * devices),  # sharded programs deadlock on fewer threads
+            "NPROC": str(16 * devices),  # sharded programs deadlock on few threads: each collective under way holds one
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 "
             "--xla_llvm_disable_expensive_passes=true --xla_cpu_collective_call_terminate_timeout_seconds=600 "
             "--xla_cpu_collective_timeout_seconds=600",
