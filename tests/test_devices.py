@@ -50,7 +50,7 @@ def results(stage, tmp_path_factory):
     file = tmp_path_factory.mktemp("devices") / "results.npz"
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     # Programs over eight devices need as many threads, whatever the machine has.
-    environment = {**os.environ, "XLA_FLAGS": flags, "NPROC": "128", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "XLA_FLAGS": flags, "NPROC": "16", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", CHILD, str(stage[0]), str(file)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr

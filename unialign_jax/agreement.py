@@ -8,14 +8,10 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from unialign_jax import distributed
 
 T = TypeVar("T")
-# Messages travel in blocks of this many bytes, so that few shapes of the exchange are compiled.
-_BLOCK = 1024
 # Seconds for the slowest process, which may be learning a tokenizer. One that died is noticed much sooner.
 _TIMEOUT = 3600
 
@@ -73,10 +69,4 @@ def gather(value: Any) -> list[Any]:
     """
     if jax.process_count() == 1:
         return [value]
-    distributed.barrier("agreement", _TIMEOUT)
-    data = json.dumps(value).encode()
-    lengths = multihost_utils.process_allgather(np.int32(len(data)))
-    padded = np.zeros(-(-int(lengths.max()) // _BLOCK) * _BLOCK, np.uint8)
-    padded[: len(data)] = np.frombuffer(data, np.uint8)
-    rows = multihost_utils.process_allgather(padded)
-    return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
+    return [json.loads(text) for text in distributed.exchange("agreement", json.dumps(value), _TIMEOUT)]

@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 # Seconds by which the processes outwait the coordinator, which says who is missing.
 _MARGIN = 20
 _KEYS = "unialign_jax/"  # of the coordination service's key-value store
-_barriers: collections.Counter[str] = collections.Counter()  # how often each was used; equal in all processes
+_exchanges: collections.Counter[str] = collections.Counter()  # how often each was used; equal in all processes
 
 
 def initialize(
@@ -111,20 +111,29 @@ def _client():
 
 
 def barrier(name: str, timeout: float) -> None:
-    """Returns once all processes have called it with this name; at once where there is only one.
+    """Returns once all processes have called it with this name; at once where there is only one. See `exchange`."""
+    exchange(name, "", timeout)
 
-    A name may be used again. A process that has died is noticed by JAX after about 100 seconds, and then ends this one
-    too: longer time-outs only make sense while waiting for slow processes.
+
+def exchange(name: str, text: str, timeout: float) -> list[str]:
+    """Each process's text, by process, in all processes, once all have called it with this name.
+
+    It goes through the coordination service, not through the devices: there it could overtake, on a CPU, the last
+    collectives of a program that some devices have finished already. A name may be used again. A process that has died
+    is noticed by JAX after about 100 seconds, and then ends this one too: longer time-outs only make sense while
+    waiting for slow processes.
 
     Raises:
       TimeoutError: some have not come within `timeout` seconds; the message names them and their hosts.
     """
     client, state = _client(), jax_distributed.global_state
     if client is None or state.num_processes == 1:
-        return
-    use = f"{_KEYS}barrier/{name}/{_barriers[name]}"
-    _barriers[name] += 1
-    client.key_value_set(f"{use}/{state.process_id}", "")
+        return [text]
+    directory = f"{_KEYS}exchange/{name}"
+    number = _exchanges[name]
+    _exchanges[name] += 1
+    use = f"{directory}/{number}"
+    client.key_value_set(f"{use}/{state.process_id}", text)
     try:
         client.wait_at_barrier(use, round(timeout * 1000))
     except jax.errors.JaxRuntimeError as error:
@@ -136,8 +145,11 @@ def barrier(name: str, timeout: float) -> None:
             f"barrier {name!r}: after {timeout:g} s, {len(arrived)} of {state.num_processes} processes are there; "
             f"missing: {', '.join(missing) or 'none any more, the last came too late'}. See their logs"
         ) from error
-    if state.process_id == 0:
-        client.key_value_delete(f"{use}/")
+    # Who is here has read what was exchanged the time before.
+    if state.process_id == 0 and number:
+        client.key_value_delete(f"{directory}/{number - 1}/")
+    texts = _written_under(use)
+    return [texts[i] for i in range(state.num_processes)]
 
 
 def _written_under(directory: str) -> dict[int, str]:

@@ -247,7 +247,7 @@ def sharded_errors():
 def test_sharded_equals_unsharded():
     code = f"import runpy; runpy.run_path({__file__!r})['sharded_errors']()"
     # Sharded programs on few cores deadlock unless there are more threads than devices.
-    virtual = {"NPROC": "128", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    virtual = {"NPROC": "16", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | virtual, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     errors = json.loads(done.stdout)

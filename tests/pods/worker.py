@@ -29,7 +29,8 @@ def train(corpus: str, workdir: str, changes: dict, copy: str | None = None) -> 
 
     class Recorded(DelayedMetrics):
         def push(self, step, source, metrics, *rest):
-            losses[step] = metrics["loss"]
+            # On CPUs two steps under way at once could take each other's threads, and wait for ever.
+            losses[step] = jax.block_until_ready(metrics)["loss"]
             super().push(step, source, metrics, *rest)
 
     class Watched(Program):
