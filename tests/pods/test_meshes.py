@@ -129,7 +129,9 @@ def report():
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true "
-        "--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=600",
+        "--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=600 "
+        # Independent collectives run at once: devices that begin with different ones would wait for ever.
+        "--xla_cpu_multi_thread_eigen=false --xla_cpu_enable_concurrency_optimized_scheduler=false",
     }
     done = subprocess.run(
         [sys.executable, __file__], env=os.environ | virtual, capture_output=True, text=True, timeout=1800
