@@ -22,7 +22,7 @@ from unialign_jax.data import scenes
 
 ROOT = pathlib.Path(__file__).parents[2]
 KILLS = int(os.environ.get("UNIALIGN_KILLS", "3"))
-STEPS, EVERY = 12 * KILLS + 12, 4
+STEPS, EVERY = 24 * KILLS + 24, 4  # a kill is seldom later than 24 steps after the one before it
 SMALL = {
     "steps": STEPS,
     "model.transformer.num_layers": 1,
@@ -155,7 +155,8 @@ def kill_somewhere(attempt: Attempt, workdir: pathlib.Path, how: str, rng: rando
     """Kills inside the second save, some steps after the start, or while the process starts."""
     before = complete_steps(workdir)
     if how == "start":
-        time.sleep(rng.uniform(0.1, start_seconds))
+        moment = time.monotonic() + rng.uniform(0.1, start_seconds)  # or its first steps, if it starts sooner this time
+        attempt.wait_until(lambda: time.monotonic() >= moment or "trained parameters" in attempt.text)
     else:
         attempt.wait_until(lambda: "trained parameters" in attempt.text)  # what earlier kills left is cleared by then
         if how == "save":
