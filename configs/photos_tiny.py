@@ -26,6 +26,7 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
     config.dtype = "float32"  # CPUs have no fast bfloat16
     config.remat = "none"
     config.attention = "auto"
+    config.unroll = 1
     config.strategy = "fsdp"
     config.trained = ("transformer", "text_encoder")
     config.after = config_dict.placeholder(str)
@@ -118,6 +119,7 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
         "decay_steps": 0,
         "weight_decay": 1e-2,
         "decay_matrices_only": True,
+        "muon": False,
         "b1": 0.9,
         "b2": 0.99,
         "eps": 1e-8,

@@ -72,8 +72,9 @@ def _stage(stage: str, root: config_dict.FieldReference) -> ml_collections.Confi
     config.steps = STEPS[stage]
     config.dtype = "float32"  # CPUs have no fast bfloat16
     config.remat = "none"
-    config.attention = "auto"
-    config.strategy = "fsdp"
+    config.attention = "xla"
+    config.unroll = 5  # all blocks
+    config.strategy = "data"
     config.trained = ("transformer", "text_encoder")
     config.frozen = ()
     config.lora = {"rank": 0, "targets": ("transformer/blocks/*/query",), "alpha": config_dict.placeholder(float)}
@@ -169,6 +170,7 @@ def _stage(stage: str, root: config_dict.FieldReference) -> ml_collections.Confi
         "decay_steps": config.get_ref("steps") + 0,  # follows the steps, which it would otherwise also set
         "weight_decay": 1e-2,
         "decay_matrices_only": True,
+        "muon": False,
         "b1": 0.9,
         "b2": 0.99,
         "eps": 1e-8,

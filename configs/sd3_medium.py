@@ -82,6 +82,7 @@ def _stage(stage: str, root: config_dict.FieldReference) -> ml_collections.Confi
     config.dtype = "bfloat16"
     config.remat = "dots"
     config.attention = "auto"
+    config.unroll = 1
     config.strategy = "fsdp"
     config.trained = ("transformer",)
     config.frozen = ()
@@ -191,6 +192,7 @@ def _stage(stage: str, root: config_dict.FieldReference) -> ml_collections.Confi
         "decay_steps": 0,
         "weight_decay": 1e-2,
         "decay_matrices_only": False,
+        "muon": False,
         "b1": 0.9,
         "b2": 0.999,
         "eps": 1e-8,

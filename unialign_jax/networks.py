@@ -162,7 +162,7 @@ def _make(kind: type, name: str, fields: Mapping[str, Any]):
 
 
 def build_networks(
-    model: Mapping[str, Any], *, dtype: str = "bfloat16", remat: str = "none", attention: str = "auto"
+    model: Mapping[str, Any], *, dtype: str = "bfloat16", remat: str = "none", attention: str = "auto", unroll: int = 1
 ) -> Networks:
     """The networks that a config's `model` describes.
 
@@ -172,6 +172,7 @@ def build_networks(
       dtype: compute dtype, "bfloat16" or "float32" (throughout).
       remat: a key of `models.unialign.REMAT_POLICIES`.
       attention: the transformer's backend, see `models.attention.attend`.
+      unroll: see `models.unialign.UniAlign`.
 
     Raises:
       ValueError: for an unknown field or value, naming it.
@@ -192,6 +193,7 @@ def build_networks(
             dtype=compute,
             remat=remat,
             attention=attention,
+            unroll=unroll,
         ),
         codec=codec,
         text_encoder=T5Encoder(_make(T5Config, "text_encoder", model["text_encoder"]), dtype=compute),

@@ -7,6 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from unialign_jax.tuning import ADAPTERS
 
@@ -37,12 +38,16 @@ class TrainState:
 class OptimizerConfig:
     """AdamW as published: constant after a linear warm-up, gradients clipped by their global norm.
 
+    By option the blocks' matrices go by Muon: orthogonalized momentum (Jordan 2024; `optax.contrib.muon`), scaled to
+    the size of Adam's updates (Liu et al., arXiv 2502.16982), so that rate and decay mean the same for both.
+
     Attributes:
       learning_rate: reached after `warmup_steps`.
       warmup_steps: linear from 0.
       decay_steps: total steps of a cosine decay to 0; 0 keeps the rate constant (published).
       weight_decay: decoupled, multiplied by the learning rate.
       decay_matrices_only: leaves norms, biases and tokens out of weight decay; the published code decays all.
+      muon: whether the blocks' matrices go by Muon; published: no.
       b1, b2, eps: Adam's constants.
       clip_norm: largest global gradient norm.
       ema_rate: of the moving average; 0 keeps none.
@@ -55,6 +60,7 @@ class OptimizerConfig:
     decay_steps: int = 0
     weight_decay: float = 1e-2
     decay_matrices_only: bool = False
+    muon: bool = False
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
@@ -84,18 +90,32 @@ def _decayed(params: Params, matrices_only: bool) -> Params:
     return jax.tree_util.tree_map_with_path(decide, params)
 
 
+def _block_matrices(params: Params) -> Params:
+    """For every leaf that is a stack of matrices `[layers, in, out]`, which axes Muon takes for a matrix; else None."""
+    axes = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: axes if path[-1].key == "kernel" and leaf.ndim == 3 else None, params
+    )
+
+
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clip, then AdamW."""
+    """Clip, then AdamW; or Muon and AdamW."""
+    constants = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
+    if config.muon:
+        direction = optax.contrib.muon(
+            1.0,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=_block_matrices,
+            **{f"adam_{name}": value for name, value in constants.items() if name != "eps"},
+        )
+        direction = optax.chain(direction, optax.scale(-1.0))  # it is a whole optimizer, whose steps lead downhill
+    else:
+        direction = optax.scale_by_adam(**constants)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate(config),
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=lambda params: _decayed(params, config.decay_matrices_only),
-        ),
+        direction,
+        optax.add_decayed_weights(config.weight_decay, lambda params: _decayed(params, config.decay_matrices_only)),
+        optax.scale_by_learning_rate(learning_rate(config)),
     )
 
 

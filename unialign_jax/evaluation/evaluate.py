@@ -3,7 +3,7 @@
 OUTPUT/scores.json     every score with its interval, and the settings
 OUTPUT/scores.md       the same as tables
 OUTPUT/outputs.jsonl   one line an example: what was asked, what was made (texts), the scores
-OUTPUT/SET-THINGS/TASK.png   the first examples: references | what was made | truth
+OUTPUT/SET-THINGS/TASK.png   the first examples: references | what was made | truth; for texts the image alone
 """
 
 import dataclasses
@@ -62,11 +62,10 @@ def evaluate_scenes(
                 outputs = scenes.run(pipeline, task, count, subset=subset, counts=counts, protocol=protocol)
                 tables[name] += scenes.summarize(outputs)
                 lines += [_line(name, item) for item in outputs]
-                if isinstance(outputs[0].made, np.ndarray):
-                    folder = directory / f"{subset}-{span}"
-                    folder.mkdir(exist_ok=True)
-                    with (folder / f"{task}.png").open("wb") as file:
-                        Image.fromarray(grid(outputs[:_SHOWN])).save(file, "PNG")
+                folder = directory / f"{subset}-{span}"
+                folder.mkdir(exist_ok=True)
+                with (folder / f"{task}.png").open("wb") as file:
+                    Image.fromarray(grid(outputs[:_SHOWN], pipeline.size[0])).save(file, "PNG")
     facts = {**(about or {}), "count": count, "seed": scenes.SEED, "protocol": dataclasses.asdict(protocol)}
     scored = {name: [dataclasses.asdict(score) for score in scores] for name, scores in tables.items()}
     (directory / "scores.json").write_text(json.dumps({**facts, "tables": scored}, indent=1))
@@ -77,16 +76,24 @@ def evaluate_scenes(
     return tables
 
 
-def grid(outputs: Sequence[scenes.Output]) -> np.ndarray:
-    """Rows `[references | made | truth]` of image outputs; absent references are black. Uint8 `[height, width, 3]`."""
-    size = len(outputs[0].made)
+def grid(outputs: Sequence[scenes.Output], size: int) -> np.ndarray:
+    """Rows `[references | made | truth]` of one task's outputs, of text outputs `[truth]`; uint8 `[height, width, 3]`.
+
+    Args:
+      outputs: of one task; absent references are black.
+      size: side of the model's images.
+    """
     room = max(len(item.example.references) for item in outputs)
     blank = np.zeros((size, size, 3), np.uint8)
-    pictures = []
+    pictures, columns = [], room + 1
     for item in outputs:
         references = [picture.render(size) for picture in item.example.references]
-        pictures += [*references, *[blank] * (room - len(references)), item.made, item.example.target.render(size)]
-    return image_grid(np.stack(pictures), columns=room + 2)
+        pictures += [*references, *[blank] * (room - len(references))]
+        if isinstance(item.made, np.ndarray):
+            pictures.append(item.made)
+            columns = room + 2
+        pictures.append(item.example.target.render(size))
+    return image_grid(np.stack(pictures), columns=columns)
 
 
 def _line(table: str, item: scenes.Output) -> str:

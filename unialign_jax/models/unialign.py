@@ -252,12 +252,15 @@ class UniAlign(nn.Module):
       dtype: compute dtype of matmuls and of the residual streams.
       remat: a key of `REMAT_POLICIES`.
       attention: a key of `attention.BACKENDS`.
+      unroll: how many blocks one iteration of the loop over blocks holds. More than one compiles longer; on CPUs, where
+        what the loop keeps for the backward pass is copied in and out of fresh memory, all of them run faster.
     """
 
     config: TransformerConfig
     dtype: jnp.dtype = jnp.bfloat16
     remat: str = "none"
     attention: str = "xla"
+    unroll: int = 1
 
     @nn.compact
     def __call__(
@@ -318,6 +321,7 @@ class UniAlign(nn.Module):
             split_rngs={"params": True},
             in_axes=(nn.broadcast,) * 3,
             length=config.num_layers,
+            unroll=self.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         pool = target_length if semantic_depth is not None else None

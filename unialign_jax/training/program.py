@@ -51,7 +51,9 @@ class Program:
 
     def __init__(self, run: RunConfig, mesh: Mesh):
         self.run, self.mesh = run, mesh
-        self.networks = build_networks(run.model, dtype=run.dtype, remat=run.remat, attention=run.attention)
+        self.networks = build_networks(
+            run.model, dtype=run.dtype, remat=run.remat, attention=run.attention, unroll=run.unroll
+        )
         parallel.check_batch(mesh, run.data.global_batch, run.micro_batches)
         parallel.check_heads(mesh, self.networks.transformer.config.num_attention_heads)
         for size in run.data.sizes():
@@ -223,10 +225,11 @@ class Program:
         state = jax.eval_shape(lambda params: create_state(params, self.run.optimizer), params)
         opt_state = optax.tree_utils.tree_map_params(
             make_optimizer(self.run.optimizer),
-            lambda leaf, param: _placed(leaf, param.sharding),
+            lambda leaf, param: leaf if isinstance(leaf, optax.MaskedNode) else _placed(leaf, param.sharding),
             state.opt_state,
             params,
             transform_non_params=self._whole,
+            is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),  # where one of two optimizers has no moments
         )
         ema = None if state.ema is None else params
         return TrainState(self._whole(state.step), params, opt_state, ema)

@@ -113,6 +113,7 @@ class RunConfig:
       dtype: compute dtype, "bfloat16" or "float32".
       remat: what the backward pass recomputes, see `models.unialign.REMAT_POLICIES`.
       attention: the transformer's kernel, see `models.attention.attend`.
+      unroll: blocks in one iteration of the loop over blocks, see `models.unialign.UniAlign`.
       strategy: how the model and the batch are split over devices, see `parallel.mesh_shape`.
       log, checkpoint: when to write.
       resume_step: go back to this step; None: go on from the newest, if there is one.
@@ -140,6 +141,7 @@ class RunConfig:
     dtype: str = "bfloat16"
     remat: str = "none"
     attention: str = "auto"
+    unroll: int = 1
     strategy: str = "fsdp"
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)

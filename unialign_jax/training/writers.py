@@ -145,6 +145,32 @@ def make_writer(logdir: str, *, start_step: int = 0, active: bool = True) -> met
     return metric_writers.AsyncMultiWriter([SummaryWriter(str(logdir), start_step + 1 if start_step else None)])
 
 
+def read_scalars(directory: epath.PathLike) -> dict[str, list[tuple[int, float]]]:
+    """What runs have written to a directory: `(step, value)` by tag, in order.
+
+    As TensorBoard does, of an interrupted run what came after the step that it was resumed from is left out, and so is
+    what the end of a killed run's file holds in part.
+    """
+    files = []
+    for path in epath.Path(directory).glob("events.out.tfevents.*"):
+        data, events = path.read_bytes(), []
+        while len(data) >= 8 and len(data) >= (size := 16 + int.from_bytes(data[:8], "little")):
+            events.append(Event.FromString(data[12 : size - 4]))  # length, its checksum, event, its checksum
+            data = data[size:]
+        if events:
+            files.append(events)
+    scalars: dict[str, dict[int, float]] = {}
+    for event in (event for events in sorted(files, key=lambda events: events[0].wall_time) for event in events):
+        if event.session_log.status == SessionLog.START:
+            for points in scalars.values():
+                for step in [step for step in points if step >= event.step]:
+                    del points[step]
+        for value in event.summary.value:
+            if value.HasField("simple_value"):
+                scalars.setdefault(value.tag, {})[event.step] = value.simple_value
+    return {tag: sorted(points.items()) for tag, points in scalars.items() if points}
+
+
 def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
     """Lays uint8 images `[N, H, W, C]` out row by row with a black line between: uint8 `[rows * (H+1) - 1, ..., C]`.
 

@@ -1,0 +1,41 @@
+"""Puts a recipe's run and scores of its models on one HTML page.
+
+    python launch/report.py --workdir=runs/scenes --stages=pretrain,unify,personalize \
+        --scores="this run=runs/scores" --output=runs/report
+
+Writes OUTPUT/report.html and OUTPUT/metrics.json.
+"""
+
+from absl import flags
+
+from unialign_jax import cli
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Working directory of the run: a sub-directory for each stage.")
+_STAGES = flags.DEFINE_list("stages", ["pretrain", "unify", "personalize"], "The run's stages, in order.")
+_SCORES = flags.DEFINE_multi_string(
+    "scores", [], "LABEL=DIR: what launch/evaluate.py has written, and what to call its model; may be repeated."
+)
+_TITLE = flags.DEFINE_string("title", "Training on scenes", "Title of the page.")
+_OUTPUT = flags.DEFINE_string("output", None, "Directory for the page; created if absent.")
+flags.mark_flags_as_required(["workdir", "output"])
+
+
+def main() -> None:
+    evaluations = {}
+    for text in _SCORES.value:
+        label, found, directory = text.partition("=")
+        if not (label and found and directory):
+            raise ValueError(f"--scores={text}: expected LABEL=DIR")
+        evaluations[label] = directory
+    from unialign_jax.evaluation import report
+
+    metrics = report.write(
+        _OUTPUT.value, title=_TITLE.value, workdir=_WORKDIR.value, stages=_STAGES.value, evaluations=evaluations
+    )
+    for name, change in metrics["losses"].items():
+        print(f"{name}: {change['first']:.4g} -> {change['last']:.4g} ({change['ratio']:.0%})")
+    print(f"{_OUTPUT.value}/report.html, {_OUTPUT.value}/metrics.json")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,181 @@
+"""A run and its scores as one HTML page that needs no other file, and the same figures as JSON.
+
+OUTPUT/report.html    the losses' curves, score tables, inputs and outputs of every task
+OUTPUT/metrics.json   first and last value of every loss, every score
+"""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+from PIL import Image
+
+from unialign_jax.training.writers import read_scalars
+
+Curve = list[tuple[int, float]]
+_TERMS = ("image", "text", "contrastive", "image_align", "text_align")
+_LAST = 0.1  # share of a curve's points whose mean is its last value: single points are noisy
+_SHOWN = 8  # texts in the page, of each task
+_ZOOM = 3
+_STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:62em;padding:0 1em;color:#222}
+table{border-collapse:collapse;margin:1em 0}td,th{padding:.2em .8em;border-bottom:1px solid #ddd;text-align:left}
+img{image-rendering:pixelated}figure{display:inline-block;margin:.5em 1em .5em 0;vertical-align:top}
+figcaption{font-size:13px;color:#555}polyline{fill:none;stroke:#1663a6;stroke-width:1.5}
+line{stroke:#ccc;stroke-dasharray:3}text{font-size:10px;fill:#777}.good{color:#167a32}.bad{color:#a61b1b}"""
+
+
+def curves(workdir: epath.PathLike, stages: Sequence[str]) -> tuple[dict[str, Curve], list[int]]:
+    """The losses of a recipe's stages, one after another as if they were one run.
+
+    Args:
+      workdir: the run's.
+      stages: names, in order; those not begun yet are left out.
+
+    Returns:
+      `(step, value)` of every loss of every source, by `source/term`, and the steps at which stages end.
+    """
+    joined: dict[str, Curve] = {}
+    ends: list[int] = []
+    for stage in stages:
+        scalars = read_scalars(epath.Path(workdir) / stage)
+        begin, end = ends[-1] if ends else 0, 0
+        # A stage with a single source does not tell its losses apart by source.
+        apart = any("/" in tag and tag.split("/")[1] in _TERMS for tag in scalars)
+        for tag, points in scalars.items():
+            if tag.split("/")[-1] in _TERMS and (not apart or "/" in tag):
+                joined.setdefault(tag, []).extend((begin + step, value) for step, value in points)
+                end = max(end, points[-1][0])
+        if end:
+            ends.append(begin + end)
+    return dict(sorted(joined.items())), ends
+
+
+def changes(losses: Mapping[str, Curve]) -> dict[str, dict[str, float]]:
+    """`first` and `last` value of each curve and their `ratio`; the last is the mean of its last tenth."""
+    found = {}
+    for tag, points in losses.items():
+        tail = [value for _, value in points[-max(1, round(_LAST * len(points))) :]]
+        first, last = points[0][1], sum(tail) / len(tail)
+        found[tag] = {"first": first, "last": last, "ratio": last / first}
+    return found
+
+
+def write(
+    output: epath.PathLike,
+    *,
+    title: str,
+    workdir: epath.PathLike,
+    stages: Sequence[str],
+    evaluations: Mapping[str, epath.PathLike],
+) -> dict[str, Any]:
+    """Writes the page and the figures.
+
+    Args:
+      output: directory, made if absent.
+      title: of the page.
+      workdir, stages: the run, see `curves`.
+      evaluations: directories that `evaluate.evaluate_scenes` has written, by what the page shall call their model.
+
+    Returns:
+      What metrics.json holds.
+
+    Raises:
+      FileNotFoundError: one of the directories holds no scores.
+    """
+    losses, ends = curves(workdir, stages)
+    scores = {}
+    for label, directory in evaluations.items():
+        file = epath.Path(directory) / "scores.json"
+        if not file.exists():
+            raise FileNotFoundError(f"{file}: not found; write it with launch/evaluate.py --output={directory}")
+        scores[label] = json.loads(file.read_text())
+    metrics = {"losses": changes(losses), "scores": {label: facts["tables"] for label, facts in scores.items()}}
+    body = [f"<h1>{html.escape(title)}</h1>", *_losses(losses, ends, metrics["losses"]), *_tables(scores)]
+    for label, directory in evaluations.items():
+        body += [f"<h2>What it makes: {html.escape(label)}</h2>", *_pictures(epath.Path(directory))]
+    output = epath.Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    page = f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
+    (output / "report.html").write_text(page + "\n".join(body) + "\n")
+    (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    return metrics
+
+
+def _losses(losses: Mapping[str, Curve], ends: Sequence[int], found: Mapping[str, Any]) -> Iterable[str]:
+    yield "<h2>Losses of the run just made</h2>"
+    if not losses:
+        yield "<p>None were written.</p>"
+        return
+    yield f"<p>{ends[-1]} steps; dashed lines are the ends of stages. Below each: first value → last value.</p>"
+    for tag, points in losses.items():
+        change = found[tag]
+        kind = "good" if change["ratio"] <= 0.5 else "bad"
+        fell = f"{change['first']:.3g} → {change['last']:.3g} <span class={kind}>({change['ratio']:.0%})</span>"
+        yield f"<figure>{_plot(points, ends)}<figcaption>{html.escape(tag)}: {fell}</figcaption></figure>"
+
+
+def _plot(points: Curve, ends: Sequence[int], width: int = 220, height: int = 90) -> str:
+    top = max(value for _, value in points) or 1.0
+
+    def x(step: int) -> float:
+        return round(width * step / ends[-1], 1)
+
+    line = " ".join(f"{x(step)},{round(height * (1 - value / top), 1)}" for step, value in points)
+    marks = "".join(f'<line x1="{x(end)}" x2="{x(end)}" y1="0" y2="{height}"/>' for end in ends[:-1])
+    return (
+        f'<svg width="{width}" height="{height}" viewBox="0 -2 {width} {height + 4}">{marks}'
+        f'<polyline points="{line}"/><text x="2" y="9">{top:.3g}</text></svg>'
+    )
+
+
+def _tables(scores: Mapping[str, Any]) -> Iterable[str]:
+    """A table for each set of scenes, a column for each model."""
+    yield "<h2>Scores on held-out scenes</h2><p>With 95 % intervals; every output is checked exactly.</p>"
+    for name in dict.fromkeys(name for facts in scores.values() for name in facts["tables"]):
+        lines: dict[tuple[str, str], dict[str, str]] = {}
+        for label, facts in scores.items():
+            for score in facts["tables"].get(name, ()):
+                if not score["kind"]:
+                    value, low, high, samples = (score["estimate"][k] for k in ("value", "low", "high", "samples"))
+                    lines.setdefault((score["task"], score["measure"]), {})[label] = (
+                        f"<b>{value:.1%}</b> ({low:.1%} to {high:.1%}, n = {samples})"
+                    )
+        yield f"<h3>{html.escape(name)}</h3><table><tr><th>task<th>measure"
+        yield "".join(f"<th>{html.escape(label)}" for label in scores) + "</tr>"
+        for (task, measure), values in lines.items():
+            yield f"<tr><td>{task}<td>{measure}" + "".join(f"<td>{values.get(label, '')}" for label in scores) + "</tr>"
+        yield "</table>"
+
+
+def _pictures(directory: epath.Path) -> Iterable[str]:
+    """Grids of the image tasks; images of the text tasks with what was asked, said and true."""
+    rows = [json.loads(line) for line in (directory / "outputs.jsonl").read_text().splitlines()]
+    for table in dict.fromkeys(row["table"] for row in rows):
+        folder = directory / table.replace(", ", "-").removesuffix(" things")
+        for task in dict.fromkeys(row["task"] for row in rows if row["table"] == table):
+            shown = [row for row in rows if (row["table"], row["task"]) == (table, task)][:_SHOWN]
+            with Image.open(io.BytesIO((folder / f"{task}.png").read_bytes())) as file:
+                picture = file.convert("RGB")
+            if "made" not in shown[0]:
+                legend = f"{task}, {table}: {'made | truth' if task == 'generate' else 'inputs | made | truth'}"
+                yield f"<figure>{_image(picture)}<figcaption>{html.escape(legend)}</figcaption></figure>"
+                continue
+            yield f"<h3>{task}, {html.escape(table)}</h3><table><tr><th>image<th>asked<th>made<th>truth</tr>"
+            side = picture.width
+            for index, row in enumerate(shown):
+                image = picture.crop((0, index * (side + 1), side, index * (side + 1) + side))
+                kind = "good" if all(row["scores"].values()) else "bad"
+                asked, made, truth = (html.escape(row[key]) for key in ("asked", "made", "truth"))
+                yield f'<tr><td>{_image(image)}<td>{asked}<td class="{kind}">{made}<td>{truth}</tr>'
+            yield "</table>"
+
+
+def _image(picture: Image.Image) -> str:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img width="{_ZOOM * picture.width}" src="data:image/png;base64,{data}">'
