@@ -26,7 +26,7 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
     config.dtype = "float32"  # CPUs have no fast bfloat16
     config.remat = "none"
     config.attention = "auto"
-    config.unroll = 1
+    config.unroll = 5  # all blocks
     config.strategy = "fsdp"
     config.trained = ("transformer", "text_encoder")
     config.after = config_dict.placeholder(str)
@@ -114,12 +114,12 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
         "pool_padding": True,
     }
     config.optimizer = {
-        "learning_rate": 1e-3,
-        "warmup_steps": 100,
-        "decay_steps": 0,
+        "learning_rate": 4e-3,
+        "warmup_steps": 50,
+        "decay_steps": config.get_ref("steps") + 0,  # follows the steps, which it would otherwise also set
         "weight_decay": 1e-2,
         "decay_matrices_only": True,
-        "muon": False,
+        "muon": True,
         "b1": 0.9,
         "b2": 0.99,
         "eps": 1e-8,
@@ -129,6 +129,7 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
     }
     config.log = {"every": 20, "samples_every": 500, "sample_count": 8, "sample_steps": 28, "guidance": 3.0}
     config.checkpoint = {"every": 500, "keep": 2, "keep_period": config_dict.placeholder(int)}
+    config.protocol = "unialignment"
     config.resume_step = config_dict.placeholder(int)
     config.allow_changed = ()
     return config

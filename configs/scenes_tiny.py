@@ -10,7 +10,8 @@ import ml_collections
 from ml_collections import config_dict
 
 STAGES = ("pretrain", "unify", "personalize")
-STEPS = {"pretrain": 40_000, "unify": 30_000, "personalize": 12_000}
+STEPS = {"pretrain": 12_000, "unify": 24_000, "personalize": 8_000}
+LEARNING_RATES = {"pretrain": 4e-3, "unify": 3e-3, "personalize": 2e-3}
 # The language has 122 words, with their commas: at this size each is one token, so that 32 hold every text.
 VOCABULARY = 256
 TEXT_LENGTH = 32
@@ -80,6 +81,7 @@ def _stage(stage: str, root: config_dict.FieldReference) -> ml_collections.Confi
     config.lora = {"rank": 0, "targets": ("transformer/blocks/*/query",), "alpha": config_dict.placeholder(float)}
     config.init = config_dict.placeholder(str)
     config.init_average = True
+    config.cached = ()
     config.micro_batches = 1
 
     config.model = {
@@ -165,12 +167,12 @@ def _stage(stage: str, root: config_dict.FieldReference) -> ml_collections.Confi
         "pool_padding": True,
     }
     config.optimizer = {
-        "learning_rate": 2e-3 if place == 0 else 1e-3,
-        "warmup_steps": 500,
+        "learning_rate": LEARNING_RATES[stage],
+        "warmup_steps": 200,
         "decay_steps": config.get_ref("steps") + 0,  # follows the steps, which it would otherwise also set
         "weight_decay": 1e-2,
         "decay_matrices_only": True,
-        "muon": False,
+        "muon": True,
         "b1": 0.9,
         "b2": 0.99,
         "eps": 1e-8,
@@ -180,6 +182,7 @@ def _stage(stage: str, root: config_dict.FieldReference) -> ml_collections.Confi
     }
     config.log = {"every": 50, "samples_every": 2000, "sample_count": 8, "sample_steps": 28, "guidance": 3.0}
     config.checkpoint = {"every": 500, "keep": 2, "keep_period": config_dict.placeholder(int)}
+    config.protocol = "scenes"
     config.resume_step = config_dict.placeholder(int)
     config.allow_changed = ()
     return config

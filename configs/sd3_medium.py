@@ -202,6 +202,7 @@ def _stage(stage: str, root: config_dict.FieldReference) -> ml_collections.Confi
     }
     config.log = {"every": 20, "samples_every": 5000, "sample_count": 8, "sample_steps": 28, "guidance": 7.0}
     config.checkpoint = {"every": 5000, "keep": 3, "keep_period": 20_000}
+    config.protocol = "unialignment"
     config.resume_step = config_dict.placeholder(int)
     config.allow_changed = ()
     return config

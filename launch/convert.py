@@ -2,7 +2,8 @@
 
     python launch/convert.py --to=jax --source=UniAlignment --target=converted
         A UniAlignment, D-DiT or SD3-medium pipeline directory (safetensors) becomes model.json and one Orbax
-        checkpoint per network. What SD3 and D-DiT lack is initialised, and listed.
+        checkpoint per network. What SD3 and D-DiT lack is initialised, and listed. Of a run's stage directory, or one
+        step in its checkpoints/, the weights alone are written in the same form.
 
     python launch/convert.py --to=torch --source=converted --target=pipeline
         The way back: a directory that the public pipeline class loads with from_pretrained. The source may also be a
@@ -14,6 +15,8 @@
 
 Between directories weights are streamed: memory holds a few tensors, never a network. --check holds one side at a time.
 """
+
+import pathlib
 
 from absl import flags
 
@@ -42,7 +45,9 @@ _PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
 def main() -> None:
     from unialign_jax import convert, pretrained  # late: a wrong flag is said without loading JAX
 
-    if _TO.value == "jax":
+    if _TO.value == "jax" and _is_run(_SOURCE.value):
+        report = pretrained.export(_SOURCE.value, _TARGET.value, average=_AVERAGE.value, progress=_PROGRESS.value)
+    elif _TO.value == "jax":
         report = convert.to_jax(
             _SOURCE.value,
             _TARGET.value,
@@ -67,6 +72,11 @@ def main() -> None:
     print(report)
     if _CHECK.value:
         _check()
+
+
+def _is_run(source: str) -> bool:
+    path = pathlib.Path(source)
+    return (path / "checkpoints").is_dir() or path.parent.name == "checkpoints"
 
 
 def _check() -> None:

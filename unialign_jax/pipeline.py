@@ -41,6 +41,7 @@ class UniAlignPipeline:
       size: (height, width) in pixels of images where a call gives none.
       shift: of the noise levels, see `flow_matching.euler_sigmas`.
       batches: the compiled batch sizes.
+      protocol: what calls take that do not say, a name in `presets.PROTOCOLS`.
       progress: whether calls show a progress bar where they do not say.
     """
 
@@ -53,6 +54,7 @@ class UniAlignPipeline:
         text_length: int,
         size: tuple[int, int],
         shift: float = 3.0,
+        protocol: str = "unialignment",
         mesh: Mesh | None = None,
         max_batch: int = 8,
         single_size: bool = False,
@@ -63,7 +65,7 @@ class UniAlignPipeline:
         Args:
           networks: the model.
           params: by name; placed on the mesh if they are not there already.
-          tokenizer, text_length, size, shift, progress: see the class.
+          tokenizer, text_length, size, shift, protocol, progress: see the class.
           mesh: see `parallel.make_mesh`; None: that of the parameters, or the first device.
           max_batch, single_size: most items worked on at once (but at least one for each part that the mesh splits a
             batch into), and whether smaller batches are filled up to it instead of getting smaller programs (powers of
@@ -80,6 +82,7 @@ class UniAlignPipeline:
         self.params = jax.device_put({name: params[name] for name in shardings}, shardings)
         self.networks, self.tokenizer = networks, tokenizer
         self.text_length, self.size, self.shift, self.progress = text_length, size, shift, progress
+        self.protocol = presets.protocol(protocol)
 
     @classmethod
     def from_pretrained(
@@ -121,6 +124,7 @@ class UniAlignPipeline:
             text_length=model.text_length,
             size=model.size,
             shift=model.shift,
+            protocol=model.protocol,
             mesh=mesh,
             max_batch=max_batch,
             single_size=single_size,
@@ -128,7 +132,7 @@ class UniAlignPipeline:
         )
 
     def generate(self, prompt: str | Sequence[str], **options: Unpack[ImageOptions]) -> Any:
-        """Text -> image. Guidance 7 and 50 steps by default, as published.
+        """Text -> image. By default guidance 7 and 50 steps, as published, or what the model's protocol says.
 
         Raises:
           ValueError: as all methods, for a request that can't be served, before anything is compiled.
@@ -138,7 +142,10 @@ class UniAlignPipeline:
     def edit(
         self, image: ImageLike | Sequence[ImageLike], instruction: str | Sequence[str], **options: Unpack[ImageOptions]
     ) -> Any:
-        """Image and instruction -> image; guidance 9 by default, as published. Perception is an edit by its words."""
+        """Image and instruction -> image; guidance 9 as published, if the model's protocol says nothing else.
+
+        Perception is an edit by its words.
+        """
         references = [[item] for item in inputs.as_list(image, instruction, "image", "instruction")]
         return self._images(instruction, references, **options)
 
@@ -165,13 +172,13 @@ class UniAlignPipeline:
         inputs.as_list(image, question, "image", "question")
         return self._texts(image, question, **options)
 
-    def encode_question(self, question: str, protocol: str | presets.Protocol = "unialignment"):
+    def encode_question(self, question: str, protocol: str | presets.Protocol | None = None):
         """The ids int32 `[T]` of a question in a protocol's words, and where they stand, bool `[T]`.
 
         Raises:
           ValueError: it is so long that no room is left for an answer.
         """
-        preset = presets.protocol(protocol)
+        preset = self.protocol if protocol is None else presets.protocol(protocol)
         length = min(self.text_length, preset.answer_length)
         ids, learned = self.tokenizer.encode_prompted(preset.question.format(question), "", length)
         if learned.sum() < 2:
@@ -233,11 +240,11 @@ class UniAlignPipeline:
         output: str = "pil",
         preview: Preview | None = None,
         progress: bool | None = None,
-        protocol: str | presets.Protocol = "unialignment",
+        protocol: str | presets.Protocol | None = None,
         gather: bool = True,
     ) -> Any:
         """The image tasks; references per item, or None."""
-        preset = presets.protocol(protocol)
+        preset = self.protocol if protocol is None else presets.protocol(protocol)
         prompts = inputs.check_texts([prompt] if isinstance(prompt, str) else list(prompt), "prompt")
         if references is not None and (len(references) != len(prompts) or not all(references)):
             raise ValueError(
@@ -309,11 +316,11 @@ class UniAlignPipeline:
         aspect: str | float | None = None,
         output: str = "text",
         progress: bool | None = None,
-        protocol: str | presets.Protocol = "unialignment",
+        protocol: str | presets.Protocol | None = None,
         gather: bool = True,
     ) -> Any:
         """The text tasks; no question is a caption."""
-        preset = presets.protocol(protocol)
+        preset = self.protocol if protocol is None else presets.protocol(protocol)
         single = inputs.is_image(image)
         images = [image] if single else list(image)
         if not images:

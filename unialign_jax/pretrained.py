@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
-from unialign_jax import agreement, parallel, storage
+from unialign_jax import agreement, convert, parallel, storage
 from unialign_jax.checkpoints import Checkpoints, saved_steps
 from unialign_jax.convert import ConversionError, open_pipeline, store
 from unialign_jax.data.tokenizer import Tokenizer
@@ -21,6 +21,7 @@ from unialign_jax.tuning import Tuning
 # The published length of all texts, and the side of its images: what a converted directory is sampled with.
 PUBLISHED_TEXT_LENGTH = 256
 PUBLISHED_IMAGE_SIZE = 512
+PUBLISHED_PROTOCOL = "unialignment"
 PUBLISHED_SHIFT = 3.0  # of the noise levels of a run's samples, and of its export
 SAMPLED = ("transformer", "text_encoder", "autoencoder")
 _SHIPPED = epath.Path(__file__).parent / "checkpoints_shipped"
@@ -37,6 +38,7 @@ class Model:
       text_length: number of tokens of every text.
       size: (height, width) in pixels that it was trained on.
       shift: of the noise levels, see `flow_matching.euler_sigmas`.
+      protocol: what it was made for, a name in `inference.presets.PROTOCOLS`.
       description: config fields of the networks by name, as `networks.build_networks` takes them.
       tokenizer_directory: where the tokenizer's files are.
     """
@@ -47,6 +49,7 @@ class Model:
     text_length: int
     size: tuple[int, int]
     shift: float
+    protocol: str
     description: Mapping[str, Any]
     tokenizer_directory: epath.Path
 
@@ -115,6 +118,44 @@ def _locate(path: epath.Path) -> epath.Path:
         f"{path} is no checkpoint: expected a run's stage directory (with checkpoints/), a step in it, a converted "
         f"directory (with {store.MODEL_FILE}), a public pipeline directory (with transformer/), or the name of a "
         f"shipped checkpoint, of which this package has {', '.join(shipped()) or 'none'}"
+    )
+
+
+def export(
+    source: epath.PathLike, target: epath.PathLike, *, average: bool = True, progress: bool = True
+) -> convert.Report:
+    """Writes a run's model as a converted directory: its weights alone, of all networks, in float32.
+
+    Args:
+      source: a run's stage directory (its newest step), or a step in one.
+      target: a local directory that does not exist or is empty.
+      average: take the moving average of the parameters where one was kept.
+      progress: whether to show a progress bar.
+
+    Raises:
+      FileNotFoundError: there is no run.
+      ValueError: it is damaged, the target is not free, or the source is a converted directory already.
+    """
+    path = locate(source)
+    if store.is_converted(path):
+        raise ConversionError(f"{path} is a converted checkpoint already; copy it")
+    with Checkpoints(path.parent, read_only=True) as checkpoints:
+        config = checkpoints.meta(int(path.name))["config"]
+    abstract = nn.unbox(build_networks(config["model"]).abstract())
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=here), abstract)
+    data = config["data"]
+    return convert.write_jax(
+        config["model"],
+        _step_params(path, wanted, average),
+        target,
+        sampling={
+            "text_length": data["text_length"],
+            "size": [data["height"], data["width"]],
+            "protocol": config.get("protocol", PUBLISHED_PROTOCOL),
+        },
+        tokenizer=tokenizer_directory(path),
+        progress=progress,
     )
 
 
@@ -252,13 +293,15 @@ def _load_public(path: epath.Path, dtype: str, param_dtype: Any, mesh: Mesh | No
 
 def _published(networks: Networks, params: Any, description: Mapping[str, Any], tokenizer: epath.Path) -> Model:
     side = min(PUBLISHED_IMAGE_SIZE, networks.transformer.config.sample_size * networks.codec.downsample)
+    sampling = description.get("sampling", {})  # of a model trained here
     return Model(
         networks=networks,
         params=params,
         tokenizer=Tokenizer.load(tokenizer),
-        text_length=PUBLISHED_TEXT_LENGTH,
-        size=(side, side),
+        text_length=sampling.get("text_length", PUBLISHED_TEXT_LENGTH),
+        size=tuple(sampling.get("size", (side, side))),
         shift=description["scheduler"]["shift"],
+        protocol=sampling.get("protocol", PUBLISHED_PROTOCOL),
         description=description,
         tokenizer_directory=tokenizer,
     )
@@ -277,6 +320,7 @@ def _load_step(path: epath.Path, dtype: str, param_dtype: Any, average: bool, me
         text_length=data["text_length"],
         size=(data["height"], data["width"]),
         shift=PUBLISHED_SHIFT,
+        protocol=config.get("protocol", PUBLISHED_PROTOCOL),
         description=config["model"],
         tokenizer_directory=tokenizer_directory(path),
     )

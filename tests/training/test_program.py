@@ -36,8 +36,9 @@ def specs(tree) -> dict[str, PartitionSpec]:
     return {jax.tree_util.keystr(path): leaf.sharding.spec for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
-def test_state_is_the_real_one_and_moments_follow_their_parameters():
-    program = make_program("fsdp+tensor")
+@pytest.mark.parametrize("muon", [False, True])
+def test_state_is_the_real_one_and_moments_follow_their_parameters(muon):
+    program = make_program("fsdp+tensor", **{"optimizer.muon": muon})
     state, run = program.state, program.run
 
     def create(key):
@@ -53,7 +54,10 @@ def test_state_is_the_real_one_and_moments_follow_their_parameters():
     moments = [
         node for node in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(node, "mu")
     ]
-    assert [specs(moments[0].mu), specs(moments[0].nu), specs(state.ema)] == [params] * 3
+    momenta = specs([node.mu for node in moments])
+    assert sorted(momenta.values(), key=str) == sorted(params.values(), key=str)  # each parameter has one momentum
+    assert all(params[name.removeprefix("[0]").removeprefix("[1]")] == spec for name, spec in momenta.items())
+    assert specs(state.ema) == params and specs(moments[0].nu) == specs(moments[0].mu)
     assert state.step.sharding.spec == moments[0].count.sharding.spec == PartitionSpec()
 
 

@@ -32,6 +32,7 @@ STEPS = 2
 VOCABULARY = 96
 TINY = {
     "steps": STEPS,
+    "unroll": 1,
     "model.transformer.num_layers": 2,
     "model.transformer.num_attention_heads": 2,
     "model.transformer.attention_head_dim": 8,
@@ -152,6 +153,28 @@ def test_a_recipe_interrupted_at_every_step_ends_the_same(finished, corpus, tmp_
         assert_identical(saved(tmp_path / "moved", stage, which), saved(finished, stage, which))
     model = pretrained.load(tmp_path / "moved" / "personalize", dtype="float32")
     assert_identical(model.params["transformer"], saved(finished, "personalize", "ema")["transformer"])
+
+
+def test_a_runs_weights_alone_are_the_same_model(finished, tmp_path):
+    report = pretrained.export(finished / "unify", tmp_path / "weights", progress=False)
+    run, alone = (pretrained.load(path, dtype="float32") for path in (finished / "unify", tmp_path / "weights"))
+    assert_identical(alone.params, run.params)
+    for name in ("text_length", "size", "shift", "protocol"):
+        assert getattr(alone, name) == getattr(run, name), name
+    assert run.protocol == "scenes"
+    assert alone.tokenizer.encode("a red circle", 8).tolist() == run.tokenizer.encode("a red circle", 8).tolist()
+    # Training can start from it as from the run.
+    networks = build_networks(run.description)
+    abstract, key = nn.unbox(networks.abstract()), jax.random.key(0)
+    assert_identical(
+        pretrained.initial_params(networks, key, abstract, tmp_path / "weights"),
+        pretrained.initial_params(networks, key, abstract, finished / "unify"),
+    )
+    assert sorted(report.sizes) == ["text_encoder", "transformer"]
+    with pytest.raises(ValueError, match="already; copy it"):
+        pretrained.export(tmp_path / "weights", tmp_path / "again")
+    with pytest.raises(ValueError, match="weights exists and is not empty"):
+        pretrained.export(finished / "unify", tmp_path / "weights")
 
 
 def test_a_stage_told_to_stop_is_not_followed_by_the_next(corpus, tmp_path, monkeypatch):

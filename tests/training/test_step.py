@@ -174,6 +174,36 @@ def test_update_is_torchs_adamw_with_clipping():
     assert state.step == 6
 
 
+def test_by_option_block_matrices_go_by_muon():
+    """A first step: the gradient of every stacked matrix orthogonalized, at the size of Adam's; the rest by Adam."""
+    rng = np.random.default_rng(0)
+    shapes = {"blocks": {"kernel": (2, 4, 6), "bias": (2, 6)}, "head": {"kernel": (4, 6)}}
+    start, grads = ({k: {n: rng.normal(size=s) for n, s in v.items()} for k, v in shapes.items()} for _ in range(2))
+    config = OptimizerConfig(
+        learning_rate=0.1, warmup_steps=0, weight_decay=0.5, decay_matrices_only=True, clip_norm=1e9, muon=True
+    )
+    arrays = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (start, grads))
+    params = apply_gradients(create_state(arrays[0], config), arrays[1], config).params
+
+    def newton_schulz(x):
+        x = x / np.linalg.norm(x)
+        for _ in range(5):
+            square = x @ x.T
+            x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+        return x
+
+    direction = np.stack([newton_schulz(x) for x in grads["blocks"]["kernel"]])
+    singular = np.linalg.svd(direction)[1]
+    assert singular.min() > 0.6 and singular.max() < 1.3
+    expected = start["blocks"]["kernel"] * (1 - 0.1 * 0.5) - 0.1 * 0.2 * 6**0.5 * direction
+    np.testing.assert_allclose(params["blocks"]["kernel"], expected, atol=2e-5)
+    nesterov = 1 + 0.9 / 1.9  # of Adam's first step
+    adam = start["blocks"]["bias"] - 0.1 * nesterov * np.sign(grads["blocks"]["bias"])
+    np.testing.assert_allclose(params["blocks"]["bias"], adam, atol=2e-5)
+    adam = start["head"]["kernel"] * (1 - 0.1 * 0.5) - 0.1 * nesterov * np.sign(grads["head"]["kernel"])
+    np.testing.assert_allclose(params["head"]["kernel"], adam, atol=2e-5)
+
+
 def test_decay_of_matrices_only_spares_norms_and_biases():
     params = {name: jnp.ones(2) for name in ("kernel", "bias", "scale", "null_image_tokens")}
     zero = jax.tree.map(jnp.zeros_like, params)

@@ -1,7 +1,7 @@
 """Weights between public PyTorch checkpoints and ours, both ways, for all four networks."""
 
 from unialign_jax.convert.errors import ConversionError
-from unialign_jax.convert.exporter import to_torch, write_torch
+from unialign_jax.convert.exporter import to_torch, write_jax, write_torch
 from unialign_jax.convert.importer import Report, open_pipeline, to_jax
 from unialign_jax.convert.load import load_torch
 from unialign_jax.convert.store import is_converted, read_config, restore_network
@@ -16,5 +16,6 @@ __all__ = [
     "restore_network",
     "to_jax",
     "to_torch",
+    "write_jax",
     "write_torch",
 ]

@@ -1,4 +1,4 @@
-"""From the converted directory, or from parameters in memory, to the layout of the public PyTorch pipeline."""
+"""From the converted directory, or from parameters in memory, to the layout of the public PyTorch pipeline or ours."""
 
 import logging
 import pathlib
@@ -130,6 +130,54 @@ def write_torch(
         configs.write_json(partial / "model_index.json", configs.model_index(model, has_tokenizer))
         if "teacher" in exports:
             workspace.copy_tokenizer(teacher_tokenizer, partial / "teacher")
+    report = Report(target, sizes)
+    _LOGGER.info("%s", report)
+    return report
+
+
+def write_jax(
+    model: Mapping[str, Any],
+    networks: Mapping[str, Mapping[str, Any]],
+    target: str | pathlib.Path,
+    *,
+    sampling: Mapping[str, Any],
+    tokenizer: epath.Path | pathlib.Path,
+    progress: bool = True,
+) -> Report:
+    """Writes networks in memory as a converted directory.
+
+    Args:
+      model: config fields as `networks.build_networks` takes them.
+      networks: network -> nested parameters; without those of a pixel codec.
+      target: a directory that does not exist or is empty.
+      sampling: what a sampler takes where it is told nothing else, see `store.read_config`.
+      tokenizer: directory to copy the tokenizer's files from.
+      progress: whether to show a progress bar on standard error.
+
+    Raises:
+      ConversionError: the target is not free, or a network's arrays are not those that its fields describe.
+    """
+    target = pathlib.Path(target)
+    leaves = {network: traverse_util.flatten_dict(params, sep="/") for network, params in networks.items() if params}
+    parts = [*leaves, *(["pixel_codec"] if model.get("pixel_codec") else [])]
+    fields = {part: configs.with_defaults(part, model[part]) for part in parts}
+    for network, arrays in leaves.items():
+        if problems := _problems(names.table(network, fields[network]), arrays):
+            raise ConversionError(f"{target} cannot be written: {network}: {'; '.join(problems)}")
+    sizes = {network: sum(array.nbytes for array in arrays.values()) for network, arrays in leaves.items()}
+    total = sum(sizes.values())
+    with workspace.new_directory(target, total) as partial, workspace.progress_bar(total, progress) as bar:
+        for network, arrays in leaves.items():
+            store.save_network(partial / network, {path: store.Stream.of(array) for path, array in arrays.items()})
+            bar.update(sizes[network])
+        workspace.copy_tokenizer(tokenizer, partial / "tokenizer")
+        facts = {
+            "scheduler": configs.SCHEDULER,
+            "dtypes": {k: sorted({str(array.dtype) for array in arrays.values()}) for k, arrays in leaves.items()},
+            "pipeline": configs.pipeline_classes({}),
+            "sampling": dict(sampling),
+        }
+        configs.write_json(partial / store.MODEL_FILE, {**store.HEADER, **fields, **facts})
     report = Report(target, sizes)
     _LOGGER.info("%s", report)
     return report

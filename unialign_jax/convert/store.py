@@ -47,6 +47,12 @@ class Stream:
     rows: int
     pieces: Callable[[], Iterator[np.ndarray]]
 
+    @classmethod
+    def of(cls, array: Any) -> "Stream":
+        """An array that is there already, as one piece."""
+        whole = np.asarray(array)
+        return cls(whole.shape, whole.dtype, len(whole), lambda: iter([whole]))
+
 
 class _StreamHandler(ocp.type_handlers.NumpyHandler):
     """Saves `Stream` leaves; in the finished checkpoint they are ordinary NumPy arrays."""
@@ -186,7 +192,8 @@ def read_config(directory: epath.PathLike) -> dict[str, Any]:
 
     Returns:
       Config fields under `transformer`, `text_encoder`, `autoencoder` or `pixel_codec`, and `teacher` where there is
-      one (as `networks.build_networks` takes them); besides `scheduler`, `dtypes`, `pipeline`.
+      one (as `networks.build_networks` takes them); besides `scheduler`, `dtypes`, `pipeline`, and of a model trained
+      here `sampling`: `text_length`, `size` (height and width in pixels) and `protocol`.
 
     Raises:
       ConversionError: if there is no such file, or it is of another format or version, or its fields are wrong.

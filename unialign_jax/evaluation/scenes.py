@@ -16,10 +16,7 @@ from unialign_jax.evaluation import metrics
 from unialign_jax.inference.presets import PROTOCOLS, Protocol
 from unialign_jax.pipeline import UniAlignPipeline
 
-# Questions as rows ask them; dropped conditions were " " in training, so that is what guidance leads away from.
-PROTOCOL = dataclasses.replace(
-    PROTOCOLS["plain"], generate_guidance=3.0, edit_guidance=3.0, negative_prompt=" ", steps=28
-)
+PROTOCOL = PROTOCOLS["scenes"]
 # Example numbers of one kind start here: training draws from 0 on, and a split shares nothing with it anyway.
 SEED = 1
 

@@ -26,7 +26,7 @@ class ImageOptions(TypedDict, total=False):
     output: "pil"; "array": uint8 `[H, W, 3]`; "latent": float32 `[h, w, C]`, scaled, not decoded.
     preview: called after every step; the steps are then waited for one by one.
     progress: show a bar with rate and time left; the pipeline's attribute by default.
-    protocol: a name in `presets.PROTOCOLS`, "unialignment" by default, or a `presets.Protocol`.
+    protocol: a name in `presets.PROTOCOLS`, by default the model's, or a `presets.Protocol`.
     gather: with several processes, give every process all results (the default). Otherwise each gets its own share, and
       None in the other places.
     """

@@ -38,6 +38,8 @@ class Protocol:
 PROTOCOLS = {
     "unialignment": Protocol(),
     "plain": Protocol(question="{}"),  # questions as they stand: what a model trained on such rows has seen
+    # Models trained on `data.scenes`: there a dropped condition is the text " ", so guidance leads away from that.
+    "scenes": Protocol(steps=28, generate_guidance=3.0, edit_guidance=3.0, negative_prompt=" ", question="{}"),
     "d-dit": Protocol(steps=28, caption_steps=128),
     "d-dit-open": Protocol(steps=28, caption_steps=128, question="Q: {} A:"),
     "vizwiz": Protocol(

@@ -283,7 +283,7 @@ class _Maker:
                 if row.error is not None:
                     raise ValueError(row.error)
                 if self._job.task == "answer":
-                    self._pipeline.encode_question(row.prompt, self._job.options.get("protocol", "unialignment"))
+                    self._pipeline.encode_question(row.prompt, self._job.options.get("protocol"))
                 if self._held[i]:
                     pictures = [inputs.pixels(path, *self._size) for path in row.images]
             except ValueError as error:

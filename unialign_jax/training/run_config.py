@@ -116,6 +116,7 @@ class RunConfig:
       unroll: blocks in one iteration of the loop over blocks, see `models.unialign.UniAlign`.
       strategy: how the model and the batch are split over devices, see `parallel.mesh_shape`.
       log, checkpoint: when to write.
+      protocol: what its samplers take where they are told nothing else, a name in `inference.presets.PROTOCOLS`.
       resume_step: go back to this step; None: go on from the newest, if there is one.
       allow_changed: config keys that may differ from those of the run that is resumed.
     """
@@ -145,6 +146,7 @@ class RunConfig:
     strategy: str = "fsdp"
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    protocol: str = "unialignment"
     resume_step: int | None = None
     allow_changed: tuple[str, ...] = ()
 
