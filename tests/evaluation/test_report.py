@@ -32,10 +32,12 @@ def test_scalars_of_an_interrupted_run_are_those_of_an_uninterrupted_one(tmp_pat
     assert read_scalars(tmp_path / "unify") == {"text": [(5, 2.0)], "loss": [(5, 1.0)]}
 
 
-def test_stages_are_joined_and_only_losses_of_sources_are_shown(tmp_path):
+def test_stages_are_joined_and_only_losses_are_shown(tmp_path):
     write_run(tmp_path)
     losses, ends = report.curves(tmp_path, ("pretrain", "unify", "personalize"))
-    assert losses == {"generate/image": [(1, 8.0), (2, 6.0), (3, 4.0), (4, 3.0)], "text": [(9, 2.0)]}
+    generate = [(1, 8.0), (2, 6.0), (3, 4.0), (4, 3.0)]
+    assert losses == {"image": [(1, 9.0), (2, 9.0)], "text": [(9, 2.0)], "generate/image": generate}
+    assert list(losses)[-1] == "generate/image"  # sources come after the sums
     assert ends == [4, 9]
     assert report.changes(losses)["generate/image"] == {"first": 8.0, "last": 3.0, "ratio": 0.375}
 
@@ -58,7 +60,7 @@ def test_the_page_holds_everything(knowing, tmp_path):
     assert json.loads((tmp_path / "page" / "metrics.json").read_text()) == metrics
     page = (tmp_path / "page" / "report.html").read_text()
     assert "A &lt;run&gt;" in page and "&lt;nonsense&gt;" in page and "<nonsense>" not in page
-    assert len(re.findall("<polyline", page)) == 2
+    assert len(re.findall("<polyline", page)) == 3
     row = re.search("<tr><td>caption<td>exact.*?</tr>", page)[0]
     assert row.index("100.0%") < row.index("0.0%") and f"n = {count}" in row
     # Two models, two grids and eight images with captions each; nothing is loaded from elsewhere.

@@ -36,22 +36,21 @@ def curves(workdir: epath.PathLike, stages: Sequence[str]) -> tuple[dict[str, Cu
       stages: names, in order; those not begun yet are left out.
 
     Returns:
-      `(step, value)` of every loss of every source, by `source/term`, and the steps at which stages end.
+      `(step, value)` of every term over all sources and, where a stage has several, of each one's, `source/term`; and
+      the steps at which stages end.
     """
     joined: dict[str, Curve] = {}
     ends: list[int] = []
     for stage in stages:
         scalars = read_scalars(epath.Path(workdir) / stage)
         begin, end = ends[-1] if ends else 0, 0
-        # A stage with a single source does not tell its losses apart by source.
-        apart = any("/" in tag and tag.split("/")[1] in _TERMS for tag in scalars)
         for tag, points in scalars.items():
-            if tag.split("/")[-1] in _TERMS and (not apart or "/" in tag):
+            if tag.split("/")[-1] in _TERMS:
                 joined.setdefault(tag, []).extend((begin + step, value) for step, value in points)
                 end = max(end, points[-1][0])
         if end:
             ends.append(begin + end)
-    return dict(sorted(joined.items())), ends
+    return dict(sorted(joined.items(), key=lambda item: ("/" in item[0], item[0]))), ends
 
 
 def changes(losses: Mapping[str, Curve]) -> dict[str, dict[str, float]]:
@@ -110,7 +109,10 @@ def _losses(losses: Mapping[str, Curve], ends: Sequence[int], found: Mapping[str
     if not losses:
         yield "<p>None were written.</p>"
         return
-    yield f"<p>{ends[-1]} steps; dashed lines are the ends of stages. Below each: first value → last value.</p>"
+    yield (
+        f"<p>{ends[-1]} steps; dashed lines are the ends of stages. First the terms over all data, then those of each "
+        "source, from the stage on that has it. Below each: first value → last value.</p>"
+    )
     for tag, points in losses.items():
         change = found[tag]
         kind = "good" if change["ratio"] <= 0.5 else "bad"
