@@ -92,6 +92,7 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
         "max_aspect": 1.0,  # all images are cropped to a square; more keeps their aspect, in buckets
         "side_multiple": 8,
         "text_length": TEXT_LENGTH,
+        "caption_prompt": "",
         "teacher_length": TEXT_LENGTH,
         "seed": config.get_ref("seed"),
         "refused_share": 0.01,
@@ -116,7 +117,7 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
     config.optimizer = {
         "learning_rate": 4e-3,
         "warmup_steps": 50,
-        "decay_steps": config.get_ref("steps") + 0,  # follows the steps, which it would otherwise also set
+        "decay_steps": config.get_ref("steps").identity(),  # follows the steps, which it would otherwise also set
         "weight_decay": 1e-2,
         "decay_matrices_only": True,
         "muon": True,

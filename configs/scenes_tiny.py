@@ -13,9 +13,9 @@ STAGES = ("pretrain", "unify", "personalize")
 STEPS = {"pretrain": 5_000, "unify": 12_000, "personalize": 5_000}
 QUICK_STEPS = {"pretrain": 900, "unify": 300, "personalize": 100}
 LEARNING_RATES = {"pretrain": 4e-3, "unify": 3e-3, "personalize": 2e-3}
-# The language has 122 words, with their commas: at this size each is one token, so that 32 hold every text.
+# The language has 122 words, with their commas: at this size each is one token, so that 32 hold every text and its end.
 VOCABULARY = 256
-TEXT_LENGTH = 32
+TEXT_LENGTH = 34  # a text of 31, the prompt of captions and an end
 IMAGE = 32  # pixels
 WIDTH, HEADS = 96, 4
 TEXT_WIDTH = 64
@@ -130,6 +130,7 @@ def _stage(stage: str, root: config_dict.FieldReference) -> ml_collections.Confi
             "d_ff": 128,
             "num_layers": 2,
             "num_heads": 4,
+            "relative_attention_max_distance": 32,  # farther than that no text goes
         },
         # Random and frozen: what it sees of an image is a fixed function of colours and places.
         "teacher": {
@@ -161,6 +162,7 @@ def _stage(stage: str, root: config_dict.FieldReference) -> ml_collections.Confi
         "height": IMAGE,
         "width": IMAGE,
         "text_length": TEXT_LENGTH,
+        "caption_prompt": ":",
         "teacher_length": TEXT_LENGTH,
         "seed": config.get_ref("seed"),
         "refused_share": 0.01,
@@ -186,7 +188,7 @@ def _stage(stage: str, root: config_dict.FieldReference) -> ml_collections.Confi
     config.optimizer = {
         "learning_rate": LEARNING_RATES[stage],
         "warmup_steps": 200,
-        "decay_steps": config.get_ref("steps") + 0,  # follows the steps, which it would otherwise also set
+        "decay_steps": config.get_ref("steps").identity(),  # follows the steps, which it would otherwise also set
         "weight_decay": 1e-2,
         "decay_matrices_only": True,
         "muon": True,

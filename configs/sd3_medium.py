@@ -165,6 +165,7 @@ def _stage(stage: str, root: config_dict.FieldReference) -> ml_collections.Confi
         "max_aspect": 1.0,  # all images are cropped to a square; more keeps their aspect, in buckets
         "side_multiple": 64,
         "text_length": TEXT_LENGTH,
+        "caption_prompt": "",
         "teacher_length": TEXT_LENGTH,
         "seed": config.get_ref("seed"),
         "refused_share": 0.01,

@@ -176,6 +176,16 @@ def test_protocols(pipeline):
     assert pipeline.tokenizer.decode(open_ended).endswith(mine)
     ten = pipeline.caption(picture(0), protocol=Protocol(caption_length=10, caption_steps=2), output="array")
     assert ten.shape == (10,)
+    prompted = Protocol(caption="a red", caption_steps=2)
+    ids = pipeline.caption(picture(0), protocol=prompted, output="array")
+    known = pipeline.tokenizer.encode_prompted("a red", "", 96)[1].argmax()
+    assert known > 0 and ids[:known].tolist() == pipeline.tokenizer.encode("a red", 96)[:known].tolist()
+    text = pipeline.caption(picture(0), protocol=prompted)
+    assert text == pipeline.tokenizer.decode(ids[known:])
+    own = UniAlignPipeline(
+        pipeline.networks, pipeline.params, pipeline.tokenizer, text_length=96, size=(16, 16), protocol=prompted
+    )
+    assert own.caption(picture(0)) == text
 
 
 @pytest.mark.parametrize("aspect", ["1:1", "16:9", 0.5, "3:1", "1:50", 50])

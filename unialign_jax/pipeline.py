@@ -334,7 +334,10 @@ class UniAlignPipeline:
             raise ValueError(f"output is {output!r}; choose 'text' or 'array'")
         length = min(self.text_length, preset.caption_length if question is None else preset.answer_length)
         ids, known = np.zeros((len(images), length), np.int32), np.zeros((len(images), length), bool)
-        if question is not None:
+        if question is None:
+            prompt, learned = self.tokenizer.encode_prompted(preset.caption, "", length)
+            ids[:], known[:] = prompt, ~learned
+        else:
             questions = inputs.check_texts([question] if single else list(question), "question")
             for i, text in enumerate(questions):
                 ids[i], known[i] = self.encode_question(text, preset)

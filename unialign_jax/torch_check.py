@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from unialign_jax.convert import ConversionError
-from unialign_jax.inference import presets, programs
+from unialign_jax.inference import programs
 from unialign_jax.pipeline import UniAlignPipeline
 
 TOLERANCE = 1e-3  # of latents, which have about unit variance
@@ -77,11 +77,11 @@ def compare(
     tokenizer, networks, size = pipeline.tokenizer, pipeline.networks, pipeline.size
     length = pipeline.text_length
     pictures = np.random.default_rng(seed).integers(0, 256, (2, *size, 3), np.uint8)
-    edit_guidance = presets.Protocol.edit_guidance
+    protocol = pipeline.protocol
     image_tasks: dict[str, tuple[Callable, np.ndarray | None, float]] = {
-        "generate": (pipeline.generate, None, presets.Protocol.generate_guidance),
-        "edit": (functools.partial(pipeline.edit, pictures[0]), pictures[None, :1], edit_guidance),
-        "compose": (functools.partial(pipeline.compose, list(pictures)), pictures[None], edit_guidance),
+        "generate": (pipeline.generate, None, protocol.generate_guidance),
+        "edit": (functools.partial(pipeline.edit, pictures[0]), pictures[None, :1], protocol.edit_guidance),
+        "compose": (functools.partial(pipeline.compose, list(pictures)), pictures[None], protocol.edit_guidance),
     }
     finish = programs.image_programs(networks, pipeline.mesh).finish
     made, requests = {}, {}
@@ -96,7 +96,7 @@ def compare(
 
     torch_pipeline = TorchPipeline(pathlib.Path(theirs))
     prompt_ids = tokenizer.encode(prompt, length)[None]
-    negative_ids = tokenizer.encode(presets.NEGATIVE_PROMPT, length)
+    negative_ids = tokenizer.encode(protocol.negative_prompt, length)
     out = []
     for task, (references, guidance) in requests.items():
         latents = torch_pipeline.sample_image(
@@ -110,10 +110,11 @@ def compare(
         draw = programs.step_uniforms(jax.random.key(seed), step, (len(ids), vocabulary))
         return np.array(draw)[None]
 
+    caption_ids, learned = tokenizer.encode_prompted(protocol.caption, "", len(ids))
     tokens = torch_pipeline.sample_text(
         pictures[:1],
-        np.zeros((1, len(ids)), np.int32),
-        np.zeros((1, len(ids)), bool),
+        caption_ids[None],
+        ~learned[None],
         uniforms,
         steps=steps,
         mask_id=tokenizer.mask_id,

@@ -122,6 +122,15 @@ def test_references_are_padded_and_masked(tmp_path):
     assert batch["teacher_mask"].all()
 
 
+def test_prompts_of_captions_carry_no_loss(corpus):
+    with make_batches(config(corpus(4), caption_prompt="x:"), Bytes()) as batches:
+        batch = next(batches)
+    for level, ids, instruction in zip(levels(batch), batch["caption_ids"], batch["instruction_ids"], strict=True):
+        np.testing.assert_array_equal(ids, Bytes().encode(f"x:{level}", 6))
+        np.testing.assert_array_equal(instruction, Bytes().encode(str(level), 6))
+    assert batch["caption_loss_mask"].tolist() == [[False, False, True, True, True, True]] * 4
+
+
 def test_questions_carry_no_loss(tmp_path):
     plain(tmp_path / "a.png", 3)
     path = write(tmp_path, "vqa.jsonl", [{"image": ["a.png"], "question": "ab?", "answer": "no"}])

@@ -17,6 +17,7 @@ class Preparation:
       height, width: of target and references, in pixels.
       references: room for reference images; 0 leaves their arrays out.
       tokenizer, text_length: of the text encoder; longer texts are cut.
+      caption_prompt: stands before every caption, as a question before its answer; it is never masked.
       teacher_tokenizer, teacher_length: of the semantic teacher; None leaves its arrays out.
     """
 
@@ -25,6 +26,7 @@ class Preparation:
     references: int
     tokenizer: Tokenizer
     text_length: int
+    caption_prompt: str
     teacher_tokenizer: PlainTokenizer | None
     teacher_length: int
 
@@ -59,7 +61,7 @@ class Preparation:
             instruction_ids = ids
         else:
             caption = sample.caption
-            ids, loss_mask = self.tokenizer.encode(caption, self.text_length), np.ones(self.text_length, bool)
+            ids, loss_mask = self.tokenizer.encode_prompted(self.caption_prompt, caption, self.text_length)
             instruction_ids = self.tokenizer.encode(sample.instruction, self.text_length)
         arrays = {"caption_ids": ids, "caption_loss_mask": loss_mask, "instruction_ids": instruction_ids}
         if self.teacher_tokenizer is not None:

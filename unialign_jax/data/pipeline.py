@@ -54,6 +54,9 @@ class DataConfig:
       side_multiple: of the sides of the other buckets, in pixels: what the autoencoder and the patches need, or more
         for fewer buckets, each of which is compiled.
       text_length: token ids per text.
+      caption_prompt: stands before every caption, as a question before its answer, and is never masked. The network
+        knows a token's place by its distance from others: where all are masked, a first one that never is tells places
+        apart. Published: none.
       teacher_length: token ids per caption for the semantic teacher; read only when there is a teacher tokenizer.
       seed: of the shuffles, in [0, 2^32).
       refused_share: highest share of a source's rows that may be unusable, in [0, 1); beyond it training stops.
@@ -73,6 +76,7 @@ class DataConfig:
     max_aspect: float = 1.0
     side_multiple: int = 64
     text_length: int = 256
+    caption_prompt: str = ""
     teacher_length: int = 256
     seed: int = 0
     refused_share: float = 0.01
@@ -148,6 +152,7 @@ def make_batches(
                 references=source_config.references,
                 tokenizer=tokenizer,
                 text_length=config.text_length,
+                caption_prompt=config.caption_prompt,
                 teacher_tokenizer=teacher_tokenizer,
                 teacher_length=config.teacher_length,
             )

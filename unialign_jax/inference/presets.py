@@ -19,6 +19,7 @@ class Protocol:
       caption_steps, answer_steps: times of the ancestral text sampler.
       caption_length, answer_length: tokens of a text, a question included; a model trained on shorter texts keeps its
         own length.
+      caption: the prompt of a caption; published: none.
       question: the prompt of an answer. Its end token is stripped, and the answer is cut at its first one.
     """
 
@@ -30,6 +31,7 @@ class Protocol:
     caption_length: int = 256
     answer_steps: int = 32
     answer_length: int = 128
+    caption: str = ""
     question: str = "Q: {} Answer the question using a single word or phrase. A:"
 
 
@@ -39,7 +41,9 @@ PROTOCOLS = {
     "unialignment": Protocol(),
     "plain": Protocol(question="{}"),  # questions as they stand: what a model trained on such rows has seen
     # Models trained on `data.scenes`: there a dropped condition is the text " ", so guidance leads away from that.
-    "scenes": Protocol(steps=28, generate_guidance=3.0, edit_guidance=3.0, negative_prompt=" ", question="{}"),
+    "scenes": Protocol(
+        steps=28, generate_guidance=3.0, edit_guidance=3.0, negative_prompt=" ", caption=":", question="{}"
+    ),
     "d-dit": Protocol(steps=28, caption_steps=128),
     "d-dit-open": Protocol(steps=28, caption_steps=128, question="Q: {} A:"),
     "vizwiz": Protocol(

@@ -193,7 +193,7 @@ def train(
                 window.drain()
                 with watch.paused(), jax.set_mesh(program.mesh):
                     params = run.tuning.merge(frozen, state.params if state.ema is None else state.ema)
-                    images, text = sample_grid(networks, params, tokenizer, held_batch, run.log)
+                    images, text = sample_grid(networks, params, tokenizer, held_batch, run.log, run.protocol)
                     writer.write_images(step, {"samples": images})
                     writer.write_texts(step, {"captions": text})
 

@@ -226,7 +226,8 @@ def _build(kind: type, fields: Any, name: str) -> Any:
         if key not in fields and not optional:
             raise ConfigError(f"{prefix}{key}: missing")
     hints = typing.get_type_hints(kind)
-    values = {key: _convert(hints[key], value, prefix + key) for key, value in fields.items()}
+    # In the order of declaration: a key is at fault before the sections whose values follow from it.
+    values = {key: _convert(hints[key], fields[key], prefix + key) for key in known if key in fields}
     try:
         return kind(**values)
     except ConfigError:

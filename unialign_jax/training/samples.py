@@ -10,7 +10,12 @@ from unialign_jax.training.writers import image_grid
 
 
 def sample_grid(
-    networks: Networks, params: Params, tokenizer: Tokenizer, batch: dict[str, np.ndarray], settings: LogConfig
+    networks: Networks,
+    params: Params,
+    tokenizer: Tokenizer,
+    batch: dict[str, np.ndarray],
+    settings: LogConfig,
+    protocol: str,
 ) -> tuple[np.ndarray, str]:
     """Samples an image for each instruction and a caption for each target of a host batch.
 
@@ -19,6 +24,7 @@ def sample_grid(
       tokenizer: of the text encoder.
       batch: as `data.pipeline.Batches` gives it, with or without references.
       settings: `sample_steps` and `guidance` are read.
+      protocol: of the run, for what these leave out.
 
     Returns:
       A grid of rows `[references | target | sampled image]`, uint8 `[height, width, 3]`, and a Markdown table of the
@@ -26,7 +32,12 @@ def sample_grid(
     """
     count, height, width, _ = batch["target"].shape
     pipeline = UniAlignPipeline(
-        networks, params, tokenizer, text_length=batch["caption_ids"].shape[1], size=(height, width)
+        networks,
+        params,
+        tokenizer,
+        text_length=batch["caption_ids"].shape[1],
+        size=(height, width),
+        protocol=protocol,
     )
     prompts = [tokenizer.decode(ids) for ids in batch["instruction_ids"]]
     # Training drops the condition by replacing it with " ", so this is the negative prompt that any model knows.
@@ -43,6 +54,7 @@ def sample_grid(
 
     captions = pipeline.caption(list(batch["target"]), steps=settings.sample_steps)
     lines = ["| true | sampled |", "| --- | --- |"]
-    for ids, caption in zip(batch["caption_ids"], captions, strict=True):
-        lines.append("| " + " | ".join(text.replace("|", "/") for text in (tokenizer.decode(ids), caption)) + " |")
+    for ids, learned, caption in zip(batch["caption_ids"], batch["caption_loss_mask"], captions, strict=True):
+        true = tokenizer.decode(ids[learned])
+        lines.append("| " + " | ".join(text.replace("|", "/") for text in (true, caption)) + " |")
     return image_grid(rows, columns=len(columns)), "\n".join(lines)
