@@ -1,0 +1,40 @@
+"""The checkpoint that comes with the package: it is there, small, and does its tasks on scenes it has never seen."""
+
+import json
+import pathlib
+
+import pytest
+
+import unialign_jax
+from unialign_jax import pretrained
+from unialign_jax.evaluation import scenes
+from unialign_jax.pipeline import UniAlignPipeline
+
+DIRECTORY = pathlib.Path(unialign_jax.__file__).parent / "checkpoints_shipped" / "scenes"
+COUNT = 8
+# Far above chance, far below what it scores: of eight, these many.
+AT_LEAST = {"generate": 5, "caption": 4, "answer": 5, "edit": 3}
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return UniAlignPipeline.from_pretrained("scenes", dtype="float32", max_batch=COUNT, progress=False)
+
+
+def test_it_is_named_small_and_scored():
+    assert pretrained.shipped() == ["scenes"]
+    assert sum(path.stat().st_size for path in DIRECTORY.rglob("*") if path.is_file()) <= 10e6
+    scores = json.loads((DIRECTORY / "scores.json").read_text())
+    tasks = {score["task"].split("/")[0] for score in scores["tables"]["test, 1-2 things"]}
+    assert tasks == {"generate", "caption", "answer", "edit", "perceive", "compose"}
+
+
+def test_it_knows_what_it_was_made_for(pipeline):
+    assert pipeline.size == (32, 32) and pipeline.text_length == 34 and pipeline.protocol == scenes.PROTOCOL
+
+
+@pytest.mark.parametrize("task", AT_LEAST)
+def test_a_task_on_held_out_scenes(pipeline, task):
+    outputs = scenes.run(pipeline, task, COUNT)
+    right = sum(all(output.scores.values()) for output in outputs)
+    assert right >= AT_LEAST[task], [output.scores for output in outputs]
