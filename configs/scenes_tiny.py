@@ -40,7 +40,7 @@ def get_config(stage: str = "all") -> ml_collections.ConfigDict:
 
 
 def _make_quick(stage: str, config: ml_collections.ConfigDict) -> None:
-    """For scenes of one or two things, minutes."""
+    """Minutes, for scenes of few things."""
     config.steps = QUICK_STEPS[stage]
     config.optimizer.warmup_steps = 50
     config.optimizer.ema_rate = 0.99
