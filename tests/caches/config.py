@@ -14,6 +14,7 @@ def get_config(corpus: str) -> ml_collections.ConfigDict:
             "steps": 4,
             "dtype": "float32",
             "trained": ("transformer",),
+            "after": config_dict.placeholder(str),
             "init": config_dict.placeholder(str),
             "cached": (),
             "cache_directory": config_dict.placeholder(str),

@@ -24,7 +24,7 @@ from etils import epath
 from unialign_jax import agreement, parallel, pretrained, storage
 from unialign_jax.batch import Batch
 from unialign_jax.data import caches
-from unialign_jax.data.caches import CacheMismatch, Caches, Description
+from unialign_jax.data.caches import CacheMismatch
 from unialign_jax.data.config import DataConfig
 from unialign_jax.data.report import CorpusError, Report
 from unialign_jax.data.samples import Refused, Sample
@@ -32,6 +32,7 @@ from unialign_jax.data.sources import Source, open_source
 from unialign_jax.data.streams import Stream, make_streams, read_ahead
 from unialign_jax.networks import Params
 from unialign_jax.training import caching, run_config, tokenizers
+from unialign_jax.training.cache_jobs import Job, Share, Target, estimate, make_jobs, make_targets, rounds
 from unialign_jax.training.program import Program
 from unialign_jax.training.run_config import CACHED, ConfigError, RunConfig
 
@@ -82,7 +83,7 @@ def precompute(
     init_key, _ = program.make_keys()
     networks = {name: tree for name, tree in (program.params | program.unread).items() if name in _makers(run)}
     params = pretrained.initial_params(program.networks, init_key, networks, source=init, average=run.init_average)
-    targets = _targets(
+    targets = make_targets(
         streams,
         opened,
         caching.caches_of(run, program.networks, tokenizer, teacher_tokenizer),
@@ -97,22 +98,20 @@ def precompute(
     missing = [dict(zip(parts, shards, strict=True)) for parts, shards in zip(targets, claimed, strict=True)]
     speaks = jax.process_index() == 0
     if speaks:
-        print(_estimate(targets, missing), flush=True)
+        print(estimate(targets, missing), flush=True)
     encode = _Encoder(program, params)
     if "instructions" in run.cached:
-        states = encode.null_states(tokenizer.encode(" ", run.data.text_length))
+        places = [parts["instructions"].path / caches.NULL_STATES_FILE for parts in targets]
+        lacking = agreement.primary(lambda: [str(place) for place in places if not place.exists()])
+        states = encode.null_states(tokenizer.encode(" ", run.data.text_length)) if lacking else None
         if speaks:
-            for parts in targets:
-                storage.write_whole(parts["instructions"].path / caches.NULL_STATES_FILE, states.tobytes())
+            for place in map(epath.Path, lacking):
+                storage.write_whole(place, states.tobytes())
 
-    jobs = [
-        _Job(stream, opened[stream.source], {part: parts[part] for part in which}, shards)
-        for stream, parts, lacking in zip(streams, targets, missing, strict=True)
-        for which, shards in _by_parts(lacking).items()
-    ]
+    jobs = make_jobs(streams, opened, targets, missing)
     reports = [Report(source.path, len(source), run.data.refused_share) for source in opened]
     rows, left = sum(len(stream.rows) for stream in streams), sum(job.rows for job in jobs)
-    share = _Share.of(program)
+    share = Share.of(program)
     with tqdm.tqdm(total=rows, initial=rows - left, unit="row", disable=not speaks, bar_format=_BAR) as bar:
         for job in jobs:
             _work(job, share, encode, run.data, reports[job.stream.source], bar)
@@ -149,177 +148,26 @@ def _makers(run: RunConfig) -> set[str]:
     return {CACHED[part] for part in run.cached}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Target:
-    """One cache to be made: of one part and stream."""
-
-    path: epath.Path
-    description: Description
-
-    def claim(self) -> list[int]:
-        """Notes in the directory what it will hold, or checks what is noted there. Returns the missing shards."""
-        try:
-            begun = caches.read_description(self.path)
-        except FileNotFoundError:
-            self.path.mkdir(parents=True, exist_ok=True)
-            storage.write_whole(self.path / caches.DESCRIPTION_FILE, self.description.to_json().encode())
-            return list(range(self.description.shards))
-        begun.check(self.path, self.description.settings)
-        begun.check_weights(self.path, self.description.weights)
-        if begun.rows_per_shard != self.description.rows_per_shard:
-            raise CacheMismatch(
-                f"{self.path} was begun with {begun.rows_per_shard} rows per shard, not "
-                f"{self.description.rows_per_shard}; go on with that, or remove the directory"
-            )
-        return begun.missing(self.path)
-
-
-def _targets(
-    streams: Sequence[Stream],
-    opened: Sequence[Source],
-    places: Caches,
-    weights: Mapping[str, int],
-    program: Program,
-    rows_per_shard: int,
-) -> list[dict[str, _Target]]:
-    """The caches of each stream, by part."""
-    targets = []
-    for stream in streams:
-        config, source = program.run.data.sources[stream.source], opened[stream.source]
-        batch = program.batch(config, stream.size)
-        parts = {}
-        for part in program.run.cached:
-            leaves = {name: getattr(batch, name) for name in caches.PARTS[part]}
-            description = Description(
-                settings=places.all_settings(part, source, stream.rows, config.references),
-                weights=weights[part],
-                arrays={name: (leaf.dtype.name, leaf.shape[1:]) for name, leaf in leaves.items()},
-                rows=len(stream.rows),
-                rows_per_shard=rows_per_shard,
-            )
-            parts[part] = _Target(places.path(stream.source, stream.size, part), description)
-        targets.append(parts)
-    return targets
-
-
-def _estimate(targets: Sequence[Mapping[str, _Target]], missing: Sequence[Mapping[str, list[int]]]) -> str:
-    """What will be written: a line for each cache, and the sum."""
-    lines, total = [], 0
-    for parts, lacking in zip(targets, missing, strict=True):
-        for part, target in parts.items():
-            about, shards = target.description, lacking[part]
-            todo = sum(len(about.shard_rows(shard)) for shard in shards) * about.row_bytes
-            total += todo
-            lines.append(
-                f"{target.path}: {about.rows} rows x {about.row_bytes / 1e6:.3g} MB; {len(shards)} of {about.shards} "
-                f"shards to make, {todo / 1e9:.3g} GB"
-            )
-    return "\n".join([*lines, f"{total / 1e9:.3g} GB to write"])
-
-
-def _by_parts(missing: Mapping[str, list[int]]) -> dict[tuple[str, ...], list[int]]:
-    """Shards by the parts that they are missing of: images are decoded once for all of these."""
-    shards: dict[tuple[str, ...], list[int]] = {}
-    for shard in sorted(set().union(*missing.values())):
-        shards.setdefault(tuple(part for part in missing if shard in missing[part]), []).append(shard)
-    return shards
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """Shards of one stream, of the same parts."""
-
-    stream: Stream
-    source: Source
-    targets: Mapping[str, _Target]
-    shards: Sequence[int]
-
-    @property
-    def description(self) -> Description:
-        """Of any of the parts: their shards hold the same rows."""
-        return next(iter(self.targets.values())).description
-
-    @property
-    def rows(self) -> int:
-        return sum(len(self.description.shard_rows(shard)) for shard in self.shards)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Share:
-    """Which part of every global batch this process has.
-
-    Attributes:
-      sizes: rows of a batch that each group of processes holds; groups work at shards of their own.
-      group: this process's.
-      writes: whether this process writes for its group.
-    """
-
-    sizes: tuple[int, ...]
-    group: int
-    writes: bool
-
-    @classmethod
-    def of(cls, program: Program) -> "_Share":
-        mine = list(program.rows())
-        everyone = agreement.gather(mine)
-        groups = sorted({tuple(rows) for rows in everyone})
-        writer = everyone.index(mine)
-        return cls(tuple(map(len, groups)), groups.index(tuple(mine)), writer == jax.process_index())
-
-
-@dataclasses.dataclass(frozen=True)
-class _Round:
-    """One shard for each group, as long as there are some.
-
-    Attributes:
-      shard: of this group; None: the others work.
-      steps: the stream's rows, by place, that this group puts into each batch; some are empty.
-      counts: rows in each batch, over all groups.
-    """
-
-    shard: int | None
-    steps: tuple[range, ...]
-    counts: tuple[int, ...]
-
-
-def _rounds(job: _Job, share: _Share) -> Iterator[_Round]:
-    groups = len(share.sizes)
-    for start in range(0, len(job.shards), groups):
-        shards = job.shards[start : start + groups]
-        steps = [
-            [rows[first : first + size] for first in range(0, len(rows), size)]
-            for rows, size in zip(map(job.description.shard_rows, shards), share.sizes, strict=False)
-        ]
-        longest = max(map(len, steps))
-        steps = [[*group, *[range(0)] * (longest - len(group))] for group in steps]
-        here = share.group < len(shards)
-        yield _Round(
-            shards[share.group] if here else None,
-            tuple(steps[share.group] if here else [range(0)] * longest),
-            tuple(sum(map(len, step)) for step in zip(*steps, strict=True)),
-        )
-
-
-def _work(job: _Job, share: _Share, encode: "_Encoder", config: DataConfig, report: Report, bar: tqdm.tqdm) -> None:
+def _work(job: Job, share: Share, encode: "_Encoder", config: DataConfig, report: Report, bar: tqdm.tqdm) -> None:
     """Makes the shards of a job."""
-    rounds = tuple(_rounds(job, share))
+    turns = tuple(rounds(job, share))
     needs_pixels = any(part != "instructions" for part in job.targets)
-    steps = tuple(step for part in rounds for step in part.steps)
+    steps = tuple(step for turn in turns for step in turn.steps)
     read = _Read(job.source, job.stream, steps, share.sizes[share.group], needs_pixels)
     elements = iter(read_ahead(grain.MapDataset.range(len(steps)).map(read), config))
     number = 0
     try:
-        for part in rounds:
+        for turn in turns:
             with contextlib.ExitStack() as stack:
                 writers = {}
-                if share.writes and part.shard is not None:
+                if share.writes and turn.shard is not None:
                     writers = {
-                        name: stack.enter_context(_shard_writer(target, part.shard))
+                        name: stack.enter_context(_shard_writer(target, turn.shard))
                         for name, target in job.targets.items()
                     }
                 # While the devices encode a batch, the one before is written.
                 encoded: collections.deque[tuple[_Element, dict[str, jax.Array]]] = collections.deque()
-                for count in part.counts:
+                for count in turn.counts:
                     element = next(elements, None)
                     if element is None or element.pop("index") != number:
                         # Grain goes on silently without the elements of a worker process that was killed.
@@ -341,7 +189,7 @@ _Element = dict[str, Any]
 def _write(
     element: _Element,
     encoded: Mapping[str, jax.Array],
-    job: _Job,
+    job: Job,
     writers: Mapping[str, ArrayRecordWriter],
     report: Report,
 ) -> None:
@@ -370,7 +218,7 @@ def _rows_here(array: jax.Array) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _shard_writer(target: _Target, shard: int) -> Iterator[ArrayRecordWriter]:
+def _shard_writer(target: Target, shard: int) -> Iterator[ArrayRecordWriter]:
     with storage.whole_file(target.path / target.description.shard_name(shard)) as file:
         writer = ArrayRecordWriter(file, caches.WRITER_OPTIONS)
         yield writer
