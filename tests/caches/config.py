@@ -11,7 +11,7 @@ def get_config(corpus: str) -> ml_collections.ConfigDict:
         {
             "stage": "cached",
             "seed": 0,
-            "steps": 4,
+            "steps": 6,
             "dtype": "float32",
             "trained": ("transformer",),
             "after": config_dict.placeholder(str),

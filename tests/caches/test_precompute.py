@@ -1,6 +1,7 @@
 """Caches: training from them is training online, they are taken up where a kill left them, and no other is accepted."""
 
 import importlib.util
+import io
 import json
 import os
 import pathlib
@@ -9,20 +10,24 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from unialign_jax.batch import Batch
 from unialign_jax.data import scenes
 from unialign_jax.data.caches import CacheMismatch, Description
+from unialign_jax.data.pipeline import make_batches
 from unialign_jax.data.report import CorpusError
 from unialign_jax.data.samples import Refused
 from unialign_jax.data.sources import open_source
 from unialign_jax.networks import build_networks
 from unialign_jax.training import cache_jobs, loop, run_config, tokenizers
-from unialign_jax.training.caching import caches_of
+from unialign_jax.training.caching import caches_of, null_text
 from unialign_jax.training.metrics import DelayedMetrics
 from unialign_jax.training.precompute import precompute
+from unialign_jax.training.run_config import CACHED
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -73,46 +78,93 @@ def cached(corpus, tmp_path_factory):
     return directory
 
 
-def run_loop(config, workdir, monkeypatch):
-    """(state, metrics by step) of a run."""
-    metrics = []
+def run_loop(config, workdir):
+    """(state, (source, metrics) by step, console output) of a run."""
+    metrics, output = [], io.StringIO()
     push = DelayedMetrics.push
 
     def note(self, step, source, values, *rest):
         metrics.append((source, values))
         push(self, step, source, values, *rest)
 
-    monkeypatch.setattr(DelayedMetrics, "push", note)
-    state = loop.train(config, workdir)
-    return state, [(source, {name: float(value) for name, value in values.items()}) for source, values in metrics]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DelayedMetrics, "push", note)
+        patch.setattr("sys.stdout", output)
+        state = loop.train(config, workdir)
+    numbers = [(source, {name: float(value) for name, value in values.items()}) for source, values in metrics]
+    return state, numbers, output.getvalue()
+
+
+def refusals(output):
+    """Causes and rows of the reports in a console output."""
+    return [line for line in output.splitlines() if line.startswith("  ")]
 
 
 @pytest.fixture(scope="module")
-def online(corpus, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        return run_loop(make_config(corpus, steps=6), tmp_path_factory.mktemp("online"), patch)
+def networks(corpus):
+    """(networks, the parameters that a run starts with, what they make of a batch)"""
+    run = run_config.read(make_config(corpus))
+    networks = build_networks(run.model, dtype=run.dtype)
+    params = jax.jit(networks.init)(jax.random.split(jax.random.key(run.seed))[0])
+
+    @jax.jit
+    def encode(params, batch):
+        noise = jnp.full((len(batch.caption_ids), batch.images, *networks.latent_shape_of(batch)), 0.7)
+        made = networks.encode(params, batch, noise)
+        if batch.instruction_states is None:
+            states = [networks.encode_text(params, ids) for ids in (batch.instruction_ids, batch.null_ids[None])]
+        else:
+            states = [batch.instruction_states, batch.null_states[None]]
+        latents = {"target": made.target} | ({} if made.references is None else {"references": made.references})
+        vectors = {"teacher_image": made.teacher_image, "teacher_text": made.teacher_text}
+        return latents | vectors | dict(zip(("instructions", "null"), states, strict=True))
+
+    return networks, params, encode
 
 
-@pytest.mark.parametrize("parts", [ALL, ("latents",)])
-def test_training_from_caches_is_training_online(corpus, cached, online, parts, tmp_path, monkeypatch, capsys):
-    """Losses and all parameters over both sources; with everything cached, images are not even there."""
-    files = tmp_path / "corpus"
-    shutil.copytree(corpus, files)
-    if parts == ALL:
-        shutil.rmtree(files / "images")
-    config = make_config(files, cached=parts, cache_directory=str(cached), steps=6)
-    state, metrics = run_loop(config, tmp_path / "run", monkeypatch)
+def test_training_from_caches_is_training_online(corpus, cached, tmp_path):
+    """Losses, all parameters and refusals, over both sources; the images are not even there."""
+    shutil.copytree(corpus, tmp_path / "corpus")
+    shutil.rmtree(tmp_path / "corpus" / "images")
+    config = make_config(tmp_path / "corpus", cached=ALL, cache_directory=str(cached))
+    state, metrics, output = run_loop(config, tmp_path / "run")
+    whole, metrics_online, output_online = run_loop(make_config(corpus), tmp_path / "online")
     assert {source for source, _ in metrics} == {"draw", "join"}
-    for (source, here), (source_there, there) in zip(metrics, online[1], strict=True):
+    for (source, here), (source_there, there) in zip(metrics, metrics_online, strict=True):
         assert source == source_there and here.keys() == there.keys() and len(here) == 8
         for name, value in there.items():
             np.testing.assert_allclose(here[name], value, rtol=2e-5, err_msg=f"{source}/{name}")
-    assert set(state.params) == {"transformer"}
     # Adam divides by the size of a gradient, so that its rounding shows; the rate is 1e-3.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), state.params, online[0].params)
-    output = capsys.readouterr().out
-    assert "generate.jsonl: 1 of 12 rows read refused" in output and "not an image: 1" in output
-    assert f"line {SPOILT + 1}: " in output
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), state.params, whole.params)
+    assert refusals(output) == refusals(output_online) and len(refusals(output)) == 5
+
+
+@pytest.mark.parametrize("parts", [(part,) for part in ALL])
+def test_a_part_alone_stands_in_for_its_network(corpus, cached, networks, parts):
+    """Batches are of the same rows, and what the networks still have to make completes what the cache holds."""
+    networks, params, encode = networks
+    config = make_config(corpus, cached=parts, cache_directory=str(cached))
+    run = run_config.read(config)
+    tokenizer = tokenizers.make(run, None)
+    caches = caches_of(run, networks, tokenizer, tokenizer)
+    left = {name: tree for name, tree in params.items() if name not in {CACHED[part] for part in parts}}
+    left |= {"text_encoder": params["text_encoder"]}  # captions need it always
+    null_ids = tokenizer.encode(" ", run.data.text_length)
+    teacher = None if "teacher" in parts else tokenizer
+    with (
+        make_batches(run.data, tokenizer, tokenizer) as online,
+        make_batches(run.data, tokenizer, teacher, caches=caches) as batches,
+    ):
+        shared = null_text(batches.caches, tokenizer, run.data.text_length)
+        for _ in range(4):
+            whole, here = next(online), next(batches)
+            np.testing.assert_array_equal(here["caption_ids"], whole["caption_ids"])
+            gone = {"latents": "references", "instructions": "instruction_ids", "teacher": "teacher_ids"}
+            assert gone[parts[0]] not in here
+            made = encode(params, Batch(**whole, null_ids=null_ids))
+            found = encode(left, Batch(**here, **shared))
+            for name, value in made.items():
+                np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def records(config):
