@@ -35,6 +35,7 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
     config.init = config_dict.placeholder(str)
     config.init_average = True
     config.cached = ()
+    config.cache_directory = config_dict.placeholder(str)
     config.micro_batches = 1
 
     config.model = {

@@ -97,6 +97,7 @@ def _stage(stage: str, root: config_dict.FieldReference) -> ml_collections.Confi
     config.init = config_dict.placeholder(str)
     config.init_average = True
     config.cached = ()
+    config.cache_directory = config_dict.placeholder(str)
     config.micro_batches = 1
 
     config.model = {

@@ -8,6 +8,12 @@ The stage `published` has the values of the public training configuration, the o
 stages of the paper's curriculum differ from it only in mixtures and lengths, of which nothing is published.
 
     python launch/train.py --config=configs/sd3_medium.py:all --workdir=runs/sd3 --config.data.root=DIRECTORY
+
+What the frozen encoders make of the data can be computed once and read from then on, see "Caches" in docs/data.md:
+
+    python launch/precompute.py --config=configs/sd3_medium.py --config.cached='("latents", "teacher")' --target=CACHES
+    python launch/train.py --config=configs/sd3_medium.py --config.cached='("latents", "teacher")' \\
+        --config.cache_directory=CACHES --workdir=runs/sd3
 """
 
 import ml_collections
@@ -90,6 +96,7 @@ def _stage(stage: str, root: config_dict.FieldReference) -> ml_collections.Confi
     config.init = config_dict.placeholder(str) if place else "converted"
     config.init_average = True
     config.cached = ()
+    config.cache_directory = config_dict.placeholder(str)
     config.micro_batches = 1
 
     config.model = {

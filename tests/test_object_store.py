@@ -150,6 +150,22 @@ def test_paths():
     assert storage.absolute("a") == epath.Path(pathlib.Path.cwd() / "a") and not storage.is_remote("a")
 
 
+@pytest.mark.parametrize("remote", [True, False])
+def test_a_file_that_is_written_locally_appears_whole(bucket, tmp_path, remote):
+    path = epath.Path(bucket) / "shard" if remote else epath.Path(tmp_path) / "shard"
+    with pytest.raises(RuntimeError), storage.whole_file(path) as local:
+        pathlib.Path(local).write_bytes(b"half")
+        raise RuntimeError
+    assert not path.exists()
+    content = bytes(range(256)) * 8192
+    with storage.whole_file(path) as local:
+        pathlib.Path(local).write_bytes(content)
+        assert not path.exists()
+    assert path.read_bytes() == content
+    storage.write_whole(path, b"again")
+    assert path.read_bytes() == b"again"
+
+
 def test_tokenizer(bucket, tmp_path):
     tokenizer = Tokenizer.learn(["a red ball", "grün"], 24)
     tokenizer.save(f"{bucket}/t")

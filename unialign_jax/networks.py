@@ -117,6 +117,19 @@ class Networks:
         """Scaled latents `[B, h, w, C]` -> float32 `[B, H, W, 3]`, about [-1, 1], not clipped."""
         return self.codec.decode(params["autoencoder"], latents)
 
+    def image_moments(self, params: Params, batch: Batch) -> jax.Array:
+        """`Batch.moments` of a batch's pixels: target and references in one call, `[B, 1 + N, h, w, M]`."""
+        images = to_unit_range(batch.target)[:, None]
+        if batch.references is not None:
+            images = jnp.concatenate([images, to_unit_range(batch.references)], axis=1)
+        moments = self.codec.moments(params["autoencoder"], images.reshape(-1, *images.shape[2:]))
+        return moments.reshape(*images.shape[:2], *moments.shape[1:])
+
+    def teacher_vectors(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """`Batch.teacher_image` and `Batch.teacher_text` of a batch's targets and captions, float32 `[B, S]`."""
+        image = self.teacher.image_vectors(params["teacher"], to_unit_range(batch.target))
+        return image, self.teacher.text_vectors(params["teacher"], batch.teacher_ids, batch.teacher_mask)
+
     def encode(self, params: Params, batch: Batch, posterior: jax.Array | None) -> Features:
         """What the frozen networks make of a batch: clean latents of all images in one call, teacher vectors.
 
@@ -125,18 +138,11 @@ class Networks:
           batch: pixels and ids, or what a cache has made of them.
           posterior: `Draws.posterior`, or None for the posterior's mean.
         """
-        moments = batch.moments
-        if moments is None:
-            images = to_unit_range(batch.target)[:, None]
-            if batch.references is not None:
-                images = jnp.concatenate([images, to_unit_range(batch.references)], axis=1)
-            moments = self.codec.moments(params["autoencoder"], images.reshape(-1, *images.shape[2:]))
-            moments = moments.reshape(*images.shape[:2], *moments.shape[1:])
+        moments = self.image_moments(params, batch) if batch.moments is None else batch.moments
         latents = self.codec.draw(moments, posterior)
         teacher_image, teacher_text = batch.teacher_image, batch.teacher_text
         if self.teacher is not None and teacher_image is None:
-            teacher_image = self.teacher.image_vectors(params["teacher"], to_unit_range(batch.target))
-            teacher_text = self.teacher.text_vectors(params["teacher"], batch.teacher_ids, batch.teacher_mask)
+            teacher_image, teacher_text = self.teacher_vectors(params, batch)
         return Features(
             target=latents[:, 0],
             caption_ids=batch.caption_ids,

@@ -3,6 +3,12 @@
 `epath` reads and writes both, but its `resolve` takes a `gs://` address for a relative path.
 """
 
+import contextlib
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator
+
 from etils import epath
 
 
@@ -14,3 +20,31 @@ def is_remote(path: epath.PathLike) -> bool:
 def absolute(path: epath.PathLike) -> epath.Path:
     """The path without `~` and, if local, from the root on."""
     return epath.Path(path) if is_remote(path) else epath.Path(path).expanduser().resolve()
+
+
+@contextlib.contextmanager
+def whole_file(path: epath.Path) -> Iterator[str]:
+    """A local file to be written, for code that can't write elsewhere; on leaving it becomes `path`, all at once.
+
+    After an exception, or a kill, there is no such file, or still the one that was there before.
+    """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            local = epath.Path(folder) / path.name
+            yield str(local)
+            local.copy(path, overwrite=True)
+        return
+    partial = f"{path}.partial"
+    yield partial
+    with open(partial, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_whole(path: epath.Path, data: bytes) -> None:
+    """Writes a file that others see complete or not at all (as object stores do anyway)."""
+    if is_remote(path):
+        path.write_bytes(data)
+        return
+    with whole_file(path) as partial:
+        pathlib.Path(partial).write_bytes(data)

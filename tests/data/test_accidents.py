@@ -11,9 +11,11 @@ import pytest
 from PIL import Image
 
 from unialign_jax.data.build import build
+from unialign_jax.data.config import DataConfig
 from unialign_jax.data.jsonl import ConversationSource, JsonlSource
-from unialign_jax.data.pipeline import DataConfig, SourceConfig, make_batches
+from unialign_jax.data.pipeline import make_batches
 from unialign_jax.data.samples import Cause
+from unialign_jax.data.sources import SourceConfig
 from unialign_jax.data.tfds_source import TfdsSource
 from unialign_jax.data.webdataset import TarSource
 

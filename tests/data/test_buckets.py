@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 
 from unialign_jax.data.buckets import bucket_sizes, divide, target_sizes
+from unialign_jax.data.config import DataConfig
 from unialign_jax.data.jsonl import JsonlSource
-from unialign_jax.data.pipeline import DataConfig, SourceConfig, make_batches, merge_states
+from unialign_jax.data.pipeline import make_batches, merge_states
+from unialign_jax.data.sources import SourceConfig
 
 # Of the rows of the corpus, by i % 4: wide, square, tall, square.
 SIZES = {0: (16, 36), 1: (24, 24), 2: (72, 32), 3: (24, 24)}

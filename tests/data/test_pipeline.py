@@ -11,9 +11,11 @@ import pytest
 from PIL import Image
 
 from unialign_jax.data import pipeline
-from unialign_jax.data.pipeline import DataConfig, SourceConfig, make_batches, merge_states
+from unialign_jax.data.config import DataConfig
+from unialign_jax.data.pipeline import make_batches, merge_states
 from unialign_jax.data.report import CorpusError
 from unialign_jax.data.schedule import next_stream
+from unialign_jax.data.sources import SourceConfig
 from unialign_jax.data.tokenizer import Tokenizer
 
 SIZE = 8

@@ -79,7 +79,7 @@ def two_steps(program, compiled, source, start):
     null_ids = parallel.replicate(np.full(program.run.data.text_length, 2, np.int32), program.mesh)
     metrics = []
     for seed in (0, 1):
-        batch = program.place(host_batch(program, source, seed), null_ids)
+        batch = program.place(host_batch(program, source, seed), {"null_ids": null_ids})
         state, values = compiled(state, frozen, batch, key)
         metrics.append({name: float(value) for name, value in values.items()})
     return metrics, jax.tree.map(np.asarray, {"params": state.params, "ema": state.ema})

@@ -34,10 +34,10 @@ def train(corpus: str, workdir: str, changes: dict, copy: str | None = None) -> 
             super().push(step, source, metrics, *rest)
 
     class Watched(Program):
-        def place(self, arrays, null_ids):
+        def place(self, arrays, shared):
             texts = [np.asarray(ids).tolist() for ids in arrays["caption_ids"]]
             rows[len(rows)] = dict(zip(self.rows(), texts, strict=True))
-            return super().place(arrays, null_ids)
+            return super().place(arrays, shared)
 
     loop.DelayedMetrics, loop.Program = Recorded, Watched
     if copy is not None:

@@ -21,8 +21,10 @@ from PIL import Image
 
 from unialign_jax.benchmarks.photos import Photos
 from unialign_jax.data.build import build
+from unialign_jax.data.config import DataConfig
 from unialign_jax.data.jsonl import JsonlSource
-from unialign_jax.data.pipeline import DataConfig, SourceConfig, make_batches
+from unialign_jax.data.pipeline import make_batches
+from unialign_jax.data.sources import SourceConfig
 from unialign_jax.data.tokenizer import Tokenizer
 
 SIZE = 512

@@ -121,7 +121,7 @@ class _Bare:
         create = jax.jit(functools.partial(create_state, config=run.optimizer), out_shardings=shardings)
         self._state, self._frozen = create(start(program.state.params)), start(program.frozen)
         null_ids = parallel.replicate(tokenizer.encode(" ", run.data.text_length), program.mesh)
-        self._batches = itertools.cycle([program.place(arrays, null_ids) for arrays in made])
+        self._batches = itertools.cycle([program.place(arrays, {"null_ids": null_ids}) for arrays in made])
         self._step = program.lower(run.data.sources[0], end_token_id=tokenizer.end_id).compile()
 
     def __call__(self) -> tuple[float, float]:

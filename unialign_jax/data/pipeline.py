@@ -22,87 +22,18 @@ from typing import Any, Self
 import grain
 import numpy as np
 
-from unialign_jax.data.arrays import Preparation
-from unialign_jax.data.buckets import bucket_sizes, divide, target_sizes
-from unialign_jax.data.report import CorpusError, Report
+from unialign_jax.data.caches import Cache, Caches
+from unialign_jax.data.config import DataConfig
+from unialign_jax.data.report import Report
 from unialign_jax.data.schedule import Schedule, next_stream
-from unialign_jax.data.sources import Source, SourceConfig, open_source
-from unialign_jax.data.streams import ReadChunk, Stream
+from unialign_jax.data.sources import Source, open_source
+from unialign_jax.data.streams import ReadChunk, Stream, make_streams, read_ahead
 from unialign_jax.data.tokenizer import PlainTokenizer, Tokenizer
 
 _STATE_VERSION = 2
 _POLL_SECONDS = 0.1
 # Samples that travel together: handing over each for itself costs 3 % of a photograph's decoding. 100 MB at 2048².
 _CHUNK = 8
-# Chunks in flight: enough to keep the threads busy while one slow image is waited for, few enough for large images.
-_BUFFER_PER_THREAD = 2
-_BUFFER_PER_WORKER = 2
-# Smaller arrays (token ids) are cheaper to pickle than to place in shared memory of their own.
-_MIN_SHARED_BYTES = 16 << 10
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """What batches to make.
-
-    Attributes:
-      sources: where the samples come from; every batch is of one source.
-      global_batch: samples in a batch, over all hosts.
-      height, width: of all images, in pixels; with `max_aspect`, of the images whose aspect ratio is nearest to theirs.
-      max_aspect: 1: all images are cropped to `height` x `width`. More: those of other aspect ratios, up to this one,
-        are gathered in buckets of other sizes of about the same area, see `buckets`; every batch is of one bucket.
-      side_multiple: of the sides of the other buckets, in pixels: what the autoencoder and the patches need, or more
-        for fewer buckets, each of which is compiled.
-      text_length: token ids per text.
-      caption_prompt: stands before every caption, as a question before its answer, and is never masked. The network
-        knows a token's place by its distance from others: where all are masked, a first one that never is tells places
-        apart. Published: none.
-      teacher_length: token ids per caption for the semantic teacher; read only when there is a teacher tokenizer.
-      seed: of the shuffles, in [0, 2^32).
-      refused_share: highest share of a source's rows that may be unusable, in [0, 1); beyond it training stops.
-      threads: reading and decoding threads, of this process or of each worker process.
-      workers: worker processes; 0 reads in this process. More than 0 needs a `__main__` guard in the script, and absl
-        flags that were parsed.
-      prefetch: batches assembled ahead, at least 1.
-
-    Raises:
-      ValueError: a value out of its range.
-    """
-
-    sources: tuple[SourceConfig, ...]
-    global_batch: int
-    height: int
-    width: int
-    max_aspect: float = 1.0
-    side_multiple: int = 64
-    text_length: int = 256
-    caption_prompt: str = ""
-    teacher_length: int = 256
-    seed: int = 0
-    refused_share: float = 0.01
-    threads: int = 4
-    workers: int = 0
-    prefetch: int = 2
-
-    def __post_init__(self):
-        if not self.sources:
-            raise ValueError("sources is empty; expected at least one")
-        positive = ("global_batch", "height", "width", "side_multiple", "text_length", "teacher_length", "threads")
-        for name in (*positive, "prefetch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
-        if self.workers < 0:
-            raise ValueError(f"workers is {self.workers}, expected 0 or more")
-        if self.max_aspect < 1:
-            raise ValueError(f"max_aspect is {self.max_aspect}, expected 1 or more")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed is {self.seed}, expected 0 to 2^32 - 1")
-        if not 0 <= self.refused_share < 1:
-            raise ValueError(f"refused_share is {self.refused_share}, expected at least 0 and less than 1")
-
-    def sizes(self) -> tuple[tuple[int, int], ...]:
-        """Height and width of every bucket that batches may be of."""
-        return bucket_sizes(self.height, self.width, self.side_multiple, self.max_aspect)
 
 
 def make_batches(
@@ -111,6 +42,7 @@ def make_batches(
     teacher_tokenizer: PlainTokenizer | None = None,
     *,
     slots: Sequence[int] | None = None,
+    caches: Caches | None = None,
 ) -> "Batches":
     """The endless iterator of this host's part of the batches.
 
@@ -124,9 +56,11 @@ def make_batches(
       slots: which rows of every global batch this host makes, ascending; None: all. Hosts that hold parts of the same
         samples (model axes that span hosts) have equal slots. They need not be neighbours: a host's chips are not, in
         a mesh that follows the wires between chips.
+      caches: what is read in place of pixels and ids; the order of the samples stays what it is without.
 
     Raises:
-      CorpusError: a source is missing or empty, or has fewer rows than one batch.
+      CorpusError: a source is missing or empty, or has fewer rows than one batch; a cache is unfinished.
+      CacheMismatch: a cache is not of these sources and settings. Of which weights it is must be asked for.
       ValueError: slots that the global batch does not have.
     """
     everything = range(config.global_batch)
@@ -134,33 +68,8 @@ def make_batches(
     if not slots or slots[0] not in everything or slots[-1] not in everything:
         raise ValueError(f"slots is {slots}, expected a part of the global batch, {everything}")
     sources = tuple(open_source(source) for source in config.sources)
-    streams = []
-    for which, (source, source_config) in enumerate(zip(sources, config.sources, strict=True)):
-        if len(source) < config.global_batch:
-            raise CorpusError(
-                f"{source.path}: {len(source)} rows don't fill one batch; lower global_batch "
-                f"({config.global_batch}) or leave this source out"
-            )
-        if len(config.sizes()) > 1:
-            parts = divide(target_sizes(source), config.sizes(), least=config.global_batch)
-        else:
-            parts = {config.sizes()[0]: np.arange(len(source))}
-        for (height, width), rows in parts.items():
-            prepare = Preparation(
-                height=height,
-                width=width,
-                references=source_config.references,
-                tokenizer=tokenizer,
-                text_length=config.text_length,
-                caption_prompt=config.caption_prompt,
-                teacher_tokenizer=teacher_tokenizer,
-                teacher_length=config.teacher_length,
-            )
-            # Grain counts passes by adding to the seed, so neighbouring seeds would repeat each other's passes.
-            seed = int(np.random.SeedSequence([config.seed, len(streams)]).generate_state(1)[0])
-            weight = source_config.weight * len(rows) / len(source)
-            streams.append(Stream(which, rows, prepare, weight, seed))
-    return Batches(_Plan(config, sources, tuple(streams), slots))
+    streams = make_streams(config, sources, tokenizer, teacher_tokenizer, caches)
+    return Batches(_Plan(config, sources, streams, slots))
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -202,6 +111,8 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         instruction_ids    int32 [B, T]            equal to caption_ids where a task has no instruction of its own
         teacher_ids        int32 [B, Tq]           absent without a teacher
         teacher_mask       bool  [B, Tq]           absent without a teacher; False on padding
+
+    Caches provide other arrays of `batch.Batch` (`caches.PARTS`) in place of those that nothing else is made of.
 
     Any error is final: every later call raises it again, so that no data can be lost unseen.
     """
@@ -257,8 +168,22 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     @property
     def next_source(self) -> int:
         """Which source, by its place in the config, the next batch is of."""
+        return self._next_stream.source
+
+    @property
+    def next_size(self) -> tuple[int, int]:
+        """Height and width of the images, in pixels, that the next batch is of."""
+        return self._next_stream.size
+
+    @property
+    def caches(self) -> tuple[Cache, ...]:
+        """All that are read, of every source, bucket and part."""
+        return tuple(cache for stream in self._plan.streams for cache in stream.prepare.caches.values())
+
+    @property
+    def _next_stream(self) -> Stream:
         plan = self._plan
-        return plan.streams[next_stream(plan.weights(), self._state["drawn"])].source
+        return plan.streams[next_stream(plan.weights(), self._state["drawn"])]
 
     @property
     def reports(self) -> tuple[Report, ...]:
@@ -360,16 +285,8 @@ class _Plan:
             config.global_batch,
             config.refused_share,
         )
-        options = grain.ReadOptions(
-            num_threads=config.threads, prefetch_buffer_size=config.threads * _BUFFER_PER_THREAD
-        )
         start = sum(drawn) * len(self.chunks())
-        elements = grain.MapDataset.range(start, sys.maxsize).map(read).to_iter_dataset(options)
-        if not config.workers:
-            return elements
-        workers = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=_BUFFER_PER_WORKER)
-        shared = grain.experimental.DatasetOptions(min_shm_size=_MIN_SHARED_BYTES)
-        return grain.experimental.WithOptionsIterDataset(elements, shared).mp_prefetch(workers)
+        return read_ahead(grain.MapDataset.range(start, sys.maxsize).map(read), config)
 
 
 def _assemble(plan: _Plan, state: dict[str, Any], out: queue.Queue, stop: threading.Event) -> None:

@@ -10,9 +10,20 @@ import grain
 import numpy as np
 
 from unialign_jax.data.arrays import Preparation
+from unialign_jax.data.buckets import divide, target_sizes
+from unialign_jax.data.caches import Caches
+from unialign_jax.data.config import DataConfig
+from unialign_jax.data.report import CorpusError
 from unialign_jax.data.samples import Refused
 from unialign_jax.data.schedule import Schedule
 from unialign_jax.data.sources import Source
+from unialign_jax.data.tokenizer import PlainTokenizer, Tokenizer
+
+# Smaller arrays (token ids) are cheaper to pickle than to place in shared memory of their own.
+_MIN_SHARED_BYTES = 16 << 10
+# Elements in flight: enough to keep the threads busy while one slow image is waited for, few enough for large images.
+_BUFFER_PER_THREAD = 2
+_BUFFER_PER_WORKER = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +44,11 @@ class Stream:
     weight: float
     seed: int
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of its bucket."""
+        return self.prepare.height, self.prepare.width
+
     @functools.cached_property
     def _order(self) -> grain.MapDataset:
         return grain.MapDataset.range(len(self.rows)).shuffle(self.seed).repeat()
@@ -45,6 +61,66 @@ class Stream:
         """Rows to take instead of the one at that position, drawn at random."""
         rng = np.random.default_rng([self.seed, position])
         return self.rows[rng.integers(len(self.rows), size=count)].tolist()
+
+
+def make_streams(
+    config: DataConfig,
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    teacher_tokenizer: PlainTokenizer | None,
+    caches: Caches | None = None,
+) -> tuple[Stream, ...]:
+    """The streams of a config: of every source, its rows by bucket.
+
+    Args:
+      config: what batches to make.
+      sources: those of the config, opened.
+      tokenizer, teacher_tokenizer: see `Preparation`.
+      caches: what is read instead of made.
+
+    Raises:
+      CorpusError: a source has fewer rows than one batch.
+      CacheMismatch, CorpusError: see `caches.Cache`.
+    """
+    streams = []
+    for which, (source, source_config) in enumerate(zip(sources, config.sources, strict=True)):
+        if len(source) < config.global_batch:
+            raise CorpusError(
+                f"{source.path}: {len(source)} rows don't fill one batch; lower global_batch "
+                f"({config.global_batch}) or leave this source out"
+            )
+        if len(config.sizes()) > 1:
+            parts = divide(target_sizes(source), config.sizes(), least=config.global_batch)
+        else:
+            parts = {config.sizes()[0]: np.arange(len(source))}
+        for size, rows in parts.items():
+            prepare = Preparation(
+                height=size[0],
+                width=size[1],
+                references=source_config.references,
+                tokenizer=tokenizer,
+                text_length=config.text_length,
+                caption_prompt=config.caption_prompt,
+                teacher_tokenizer=teacher_tokenizer,
+                teacher_length=config.teacher_length,
+                caches={} if caches is None else caches.open(which, source, rows, size, source_config.references),
+            )
+            # Grain counts passes by adding to the seed, so neighbouring seeds would repeat each other's passes.
+            seed = int(np.random.SeedSequence([config.seed, len(streams)]).generate_state(1)[0])
+            weight = source_config.weight * len(rows) / len(source)
+            streams.append(Stream(which, rows, prepare, weight, seed))
+    return tuple(streams)
+
+
+def read_ahead(elements: grain.MapDataset, config: DataConfig) -> grain.IterDataset:
+    """The elements in order, made by the config's threads, in its worker processes if there are any."""
+    options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.threads * _BUFFER_PER_THREAD)
+    dataset = elements.to_iter_dataset(options)
+    if not config.workers:
+        return dataset
+    workers = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=_BUFFER_PER_WORKER)
+    shared = grain.experimental.DatasetOptions(min_shm_size=_MIN_SHARED_BYTES)
+    return grain.experimental.WithOptionsIterDataset(dataset, shared).mp_prefetch(workers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +176,7 @@ class ReadChunk:
 
 def _prepared(stream: Stream, source: Source, row: int) -> dict[str, np.ndarray]:
     try:
-        return stream.prepare(source[row])
+        return stream.prepare(source[row], row)
     except Refused:
         raise
     except Exception as error:

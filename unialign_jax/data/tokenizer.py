@@ -6,6 +6,7 @@ library alone.
 """
 
 import collections
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -79,6 +80,11 @@ class PlainTokenizer:
         (directory / TOKENIZER_FILE).write_bytes(self._backend.to_str(pretty=True).encode())
         text = json.dumps(self._config, indent=2, ensure_ascii=False) + "\n"
         (directory / CONFIG_FILE).write_bytes(text.encode())
+
+    def fingerprint(self) -> str:
+        """The same for tokenizers that make the same ids of all texts."""
+        content = self._backend.to_str() + json.dumps(self._config, sort_keys=True)
+        return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
     @property
     def vocab_size(self) -> int:

@@ -6,7 +6,6 @@ made, so a unit that was interrupted is made again, with the same result.
 
 import io
 import json
-import os
 import pathlib
 import tarfile
 import tempfile
@@ -19,8 +18,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from PIL import Image, PngImagePlugin
 
-from unialign_jax import storage
 from unialign_jax.sampling.rows import Row
+from unialign_jax.storage import write_whole
 
 FORMATS = ("png", "array_record", "webdataset")
 _ROWS_PER_DIRECTORY = 10_000
@@ -111,19 +110,6 @@ class _Shards:
             write_whole(path.with_name(f"{path.stem}.errors.jsonl"), b"".join(failed))
         # Last: it says that the unit is done.
         write_whole(path, self._encode([(row, item) for row, item, error in made if error is None], self._facts))
-
-
-def write_whole(path: epath.Path, data: bytes) -> None:
-    """Writes a file that others see complete or not at all (as object stores do anyway)."""
-    if storage.is_remote(path):
-        path.write_bytes(data)
-        return
-    partial = f"{path}.partial"
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def encode_png(image: np.ndarray, metadata: dict[str, Any]) -> bytes:

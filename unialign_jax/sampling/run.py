@@ -23,8 +23,9 @@ from unialign_jax import agreement, parallel, storage
 from unialign_jax.inference import inputs
 from unialign_jax.inference.batches import Batches
 from unialign_jax.pipeline import TASKS, UniAlignPipeline
-from unialign_jax.sampling.outputs import FORMATS, Made, PngFiles, make_output, write_whole
+from unialign_jax.sampling.outputs import FORMATS, Made, PngFiles, make_output
 from unialign_jax.sampling.rows import TEXT_TASKS, FileRows, FlagRows, Row, Rows
+from unialign_jax.storage import write_whole
 from unialign_jax.training.writers import image_grid
 
 SETTINGS_FILE = "run.json"

@@ -20,12 +20,10 @@ from unialign_jax import agreement, distributed, parallel, pretrained, storage
 from unialign_jax.batch import Batch
 from unialign_jax.checkpoints import Checkpoints
 from unialign_jax.data.pipeline import Batches, make_batches, merge_states
-from unialign_jax.data.samples import Refused
-from unialign_jax.data.sources import SourceConfig, open_source
-from unialign_jax.data.tokenizer import PlainTokenizer, Tokenizer
+from unialign_jax.data.tokenizer import Tokenizer
 from unialign_jax.networks import Networks, Params
 from unialign_jax.state import TrainState, create_state
-from unialign_jax.training import run_config, saved_config, writers
+from unialign_jax.training import caching, run_config, saved_config, tokenizers, writers
 from unialign_jax.training.metrics import DelayedMetrics, Stopwatch, progress_line
 from unialign_jax.training.profiling import StepProfiler
 from unialign_jax.training.program import Program
@@ -82,35 +80,42 @@ def train(
             start = start if run.init is None else run.init
             if start is None and run.after is not None:
                 raise ValueError(f"stage {run.stage!r} goes on from {run.after!r}; say where that is, or set init")
-            init = start and str(pretrained.locate(start))
+            init = str(pretrained.locate(start)) if start else None
         else:
             init = pretrained.start_of(checkpoints.meta(resume_step), directory)
 
         # Text becomes ids. The tokenizer is part of the run: samplers of its checkpoints read it from the directory.
         tokenizer = _make_tokenizer(run, init, directory / "tokenizer", resuming=resume_step is not None)
-        teacher_tokenizer = None
-        if run.model.get("teacher"):
-            teacher_tokenizer = PlainTokenizer.load(run.teacher_tokenizer) if run.teacher_tokenizer else tokenizer
-        null_ids = parallel.replicate(tokenizer.encode(" ", run.data.text_length), program.mesh)
+        teacher_tokenizer = tokenizers.of_teacher(run, tokenizer)
         _check_vocabulary(networks, tokenizer)
 
         # The data: endless batches, each of one source. Every process makes the rows that its devices hold.
-        batches = make_batches(run.data, tokenizer, teacher_tokenizer, slots=program.rows())
+        batches = make_batches(
+            run.data,
+            tokenizer,
+            None if "teacher" in run.cached else teacher_tokenizer,
+            slots=program.rows(),
+            caches=caching.caches_of(run, networks, tokenizer, teacher_tokenizer),
+        )
         stack.callback(batches.close)
-        held_batch = _first_batch(run, tokenizer, teacher_tokenizer) if run.log.samples_every else None
+        held_batch = _first_batch(run, tokenizer) if run.log.samples_every else None
+        null_text = caching.null_text(batches.caches, tokenizer, run.data.text_length)
+        shared = {name: parallel.replicate(array, program.mesh) for name, array in null_text.items()}
 
         # The state: restored where there is one, else new. What is not trained is made anew or read again each time.
         # Either way every device makes or reads its own part.
-        make_keys = jax.jit(
-            lambda: tuple(jax.random.split(jax.random.key(run.seed))), out_shardings=program.key.sharding
-        )
-        init_key, step_key = make_keys()
+        init_key, step_key = program.make_keys()
         saved_as = saved_config.as_json(config)
         start_from = functools.partial(
             pretrained.initial_params, networks, init_key, source=init, average=run.init_average
         )
         params = start_from({name: program.params[name] for name in program.frozen})
         frozen = run.tuning.frozen_of(params)
+        # Networks that no step reads: here to see that the caches are theirs, and to decode sampled images.
+        unread = start_from(program.unread) if program.unread else {}
+        caching.check_weights(batches.caches, frozen | unread)
+        codec = {name: unread[name] for name in unread if name == "autoencoder" and held_batch is not None}
+        del unread
         if resume_step is None:
             params |= start_from({name: tree for name, tree in program.params.items() if name not in params})
             shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
@@ -155,10 +160,10 @@ def train(
         while step < run.steps and not stopping:
             step += 1
             source, name = run.data.sources[batches.next_source], run.source_names[batches.next_source]
+            size = batches.next_size
             with watch.waiting():
                 arrays = next(batches)
-            batch = program.place(arrays, null_ids)
-            size = arrays["target"].shape[1:3]
+            batch = program.place(arrays, shared)
             bucket = (program.batch(source, size), source.image_pass, source.text_pass)
             if bucket not in compiled:
                 with watch.paused():
@@ -192,7 +197,7 @@ def train(
             if held_batch is not None and (last or step % run.log.samples_every == 0) and not stopping:
                 window.drain()
                 with watch.paused(), jax.set_mesh(program.mesh):
-                    params = run.tuning.merge(frozen, state.params if state.ema is None else state.ema)
+                    params = run.tuning.merge(frozen | codec, state.params if state.ema is None else state.ema)
                     images, text = sample_grid(networks, params, tokenizer, held_batch, run.log, run.protocol)
                     writer.write_images(step, {"samples": images})
                     writer.write_texts(step, {"captions": text})
@@ -209,32 +214,10 @@ def train(
 
 
 def _make_tokenizer(run: RunConfig, init: str | None, directory: epath.Path, *, resuming: bool) -> Tokenizer:
-    """The run's tokenizer, kept in `directory`: the one the parameters were trained with, else loaded or learned."""
-
-    def make() -> None:
-        if run.tokenizer.path is not None:
-            tokenizer = Tokenizer.load(run.tokenizer.path)
-        elif init is not None:
-            tokenizer = Tokenizer.load(pretrained.tokenizer_directory(epath.Path(init)))
-        else:
-            tokenizer = Tokenizer.learn(_texts(run), run.tokenizer.learn_vocab_size)
-        tokenizer.save(directory)
-
+    """The run's tokenizer, kept in `directory`."""
     if not resuming:
-        agreement.primary(make, FileNotFoundError)
+        agreement.primary(lambda: tokenizers.make(run, init).save(directory), FileNotFoundError)
     return Tokenizer.load(directory)
-
-
-def _texts(run: RunConfig):
-    """All texts of the sources, for learning a tokenizer. Rows that can't be used are reported while training."""
-    for source in (*run.data.sources, *map(SourceConfig, run.tokenizer.more_texts)):
-        rows = open_source(source)
-        for index in range(len(rows)):
-            try:
-                sample = rows[index]
-            except Refused:
-                continue
-            yield from {sample.caption, sample.instruction, sample.question, sample.answer} - {""}
 
 
 def _check_vocabulary(networks: Networks, tokenizer: Tokenizer) -> None:
@@ -251,10 +234,10 @@ def _check_vocabulary(networks: Networks, tokenizer: Tokenizer) -> None:
         )
 
 
-def _first_batch(run: RunConfig, tokenizer: Tokenizer, teacher_tokenizer) -> dict[str, np.ndarray]:
-    """The samples that grids are made for: the run's first ones, the same after every resume."""
+def _first_batch(run: RunConfig, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    """The samples that grids are made for, with pixels: the run's first ones, the same after every resume."""
     count = min(run.log.sample_count, run.data.global_batch)
-    with make_batches(run.data, tokenizer, teacher_tokenizer, slots=range(count)) as batches:
+    with make_batches(run.data, tokenizer, slots=range(count)) as batches:
         return next(batches)
 
 

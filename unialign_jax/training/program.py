@@ -42,6 +42,7 @@ class Program:
       networks: built from `run.model`.
       params: the parameters of the networks that the step reads, by name, float32, as trees of `jax.ShapeDtypeStruct`
         with shardings.
+      unread: likewise those of the networks that it does not read, because a cache holds what they make.
       state, frozen, key: the step's arguments, as such trees. `frozen` holds those of `params` that are not trained.
 
     Raises:
@@ -64,9 +65,15 @@ class Program:
         # The text encoder is always read: it encodes the masked captions.
         unread = {CACHED[part] for part in run.cached if part != "instructions"}
         self.params = {name: tree for name, tree in params.items() if name not in unread}
+        self.unread = {name: params[name] for name in params if name in unread}
         self.state = self._abstract_state(run.tuning.trained_of(self.params))
         self.frozen = run.tuning.frozen_of(self.params)
         self.key = self._whole(jax.eval_shape(jax.random.key, 0))
+
+    def make_keys(self) -> tuple[jax.Array, jax.Array]:
+        """The run's keys, of its first parameters and of its steps."""
+        seed, sharding = self.run.seed, self.key.sharding
+        return jax.jit(lambda: tuple(jax.random.split(jax.random.key(seed))), out_shardings=sharding)()
 
     def batch(self, source: SourceConfig, size: tuple[int, int] | None = None) -> Batch:
         """The global batch of a source, abstract. Sources with equal batches and passes share one compiled step.
@@ -119,12 +126,12 @@ class Program:
         held = parallel.batch_sharding(self.mesh).addressable_devices_indices_map((self.run.data.global_batch,))
         return tuple(sorted({row for (part,) in held.values() for row in range(self.run.data.global_batch)[part]}))
 
-    def place(self, arrays: Mapping[str, np.ndarray], null_ids: jax.Array) -> Batch:
+    def place(self, arrays: Mapping[str, np.ndarray], shared: Mapping[str, jax.Array]) -> Batch:
         """The global batch, of which every process gives its part.
 
         Args:
           arrays: `rows()` of a batch, as `data.pipeline.Batches` gives them.
-          null_ids: int32 `[T]`, on all devices of the mesh.
+          shared: the batch's arrays without a batch axis, `null_ids` or `null_states`, on all devices of the mesh.
         """
         rows, sharding = self.rows(), parallel.batch_sharding(self.mesh)
 
@@ -136,7 +143,7 @@ class Program:
 
             return jax.make_array_from_callback((self.run.data.global_batch, *part.shape[1:]), sharding, of_device)
 
-        return Batch(null_ids=null_ids, **{name: whole(part) for name, part in arrays.items()})
+        return Batch(**shared, **{name: whole(part) for name, part in arrays.items()})
 
     def lower(
         self, source: SourceConfig, size: tuple[int, int] | None = None, *, end_token_id: int = 1

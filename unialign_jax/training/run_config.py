@@ -9,7 +9,8 @@ from typing import Any
 from etils import epath
 
 from unialign_jax import storage
-from unialign_jax.data.pipeline import DataConfig, SourceConfig
+from unialign_jax.data.config import DataConfig
+from unialign_jax.data.sources import SourceConfig
 from unialign_jax.objectives import Objective
 from unialign_jax.state import OptimizerConfig
 from unialign_jax.tuning import LoraConfig, Tuning
@@ -105,10 +106,11 @@ class RunConfig:
       after: name of the stage that this one goes on from, see `stages`; None: it starts from `init` alone.
       trained, frozen, lora: which parameters are trained, see `tuning.Tuning`.
       init: what to start from: a run's stage directory (its newest step), a step in one, or a converted directory;
-        None: random.
+        empty: random; None: random, or where `after` ended.
       init_average: of a run, start from the moving average of its parameters where one was kept.
       cached: what a cache provides instead of the frozen networks, of `CACHED`; the batches then hold these arrays in
         place of pixels and ids, see `batch.Batch`.
+      cache_directory: where `launch/precompute.py` has put it, local or `gs://`.
       micro_batches: parts in which a batch is worked off, see `training.step`.
       dtype: compute dtype, "bfloat16" or "float32".
       remat: what the backward pass recomputes, see `models.unialign.REMAT_POLICIES`.
@@ -138,6 +140,7 @@ class RunConfig:
     init: str | None = None
     init_average: bool = True
     cached: tuple[str, ...] = ()
+    cache_directory: str | None = None
     micro_batches: int = 1
     dtype: str = "bfloat16"
     remat: str = "none"
@@ -159,6 +162,8 @@ class RunConfig:
             raise ValueError(f"cached is {self.cached}, expected some of {', '.join(CACHED)}")
         if stale := [part for part in self.cached if self.tuning.changes(CACHED[part])]:
             raise ValueError(f"cached has {', '.join(stale)}, whose network is trained: a cache would be out of date")
+        if "teacher" in self.cached and not self.model.get("teacher"):
+            raise ValueError("cached has teacher, but model.teacher is not set")
 
     @property
     def tuning(self) -> Tuning:

@@ -1,0 +1,311 @@
+"""Makes the caches of a stage: its frozen networks, on a mesh over all hosts, encode every row of its sources once.
+
+Networks and batches are split as in training. The hosts work in step, each at shards of its own: a global batch holds
+rows of as many shards as there are hosts (or groups of hosts, where several hold parts of the same samples). A shard
+is written while its rows come, and appears once it is complete; whoever starts again, with any number of hosts, makes
+those that are missing.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import jax
+import ml_collections
+import numpy as np
+import tqdm
+from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
+
+from unialign_jax import agreement, parallel, pretrained, storage
+from unialign_jax.batch import Batch
+from unialign_jax.data import caches
+from unialign_jax.data.caches import CacheMismatch
+from unialign_jax.data.config import DataConfig
+from unialign_jax.data.report import CorpusError, Report
+from unialign_jax.data.samples import Refused, Sample
+from unialign_jax.data.sources import Source, open_source
+from unialign_jax.data.streams import Stream, make_streams, read_ahead
+from unialign_jax.networks import Params
+from unialign_jax.training import caching, run_config, tokenizers
+from unialign_jax.training.cache_jobs import Job, Share, Target, estimate, make_jobs, make_targets, rounds
+from unialign_jax.training.program import Program
+from unialign_jax.training.run_config import CACHED, ConfigError, RunConfig
+
+_BATCH_PER_PART = 8
+_BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left, {rate_fmt}]"
+_BLANK = Sample("caption", "", caption=".", instruction=".")  # its ids stand where a row can't be used
+
+
+def precompute(
+    config: ml_collections.ConfigDict,
+    directory: epath.PathLike,
+    *,
+    sources: Sequence[str] = (),
+    rows_per_shard: int = 2000,
+    batch: int | None = None,
+) -> None:
+    """Makes the caches that a stage's `cached` names, or what is missing of them. All processes call it together.
+
+    Args:
+      config: of one stage, as `loop.train` takes it. A stage that goes on from another needs `init` here.
+      directory: of all caches, local or `gs://`: training's `cache_directory`. It may hold caches of other sources,
+        parts and image sizes too.
+      sources: names of those to work on; empty: all.
+      rows_per_shard: rows in a file; a kill costs each host the one that it was at.
+      batch: rows encoded at once, over all devices; None: 8 for each part that the mesh splits a batch into.
+
+    Raises:
+      ConfigError: nothing to cache, no such source, or no place to take the networks from.
+      CacheMismatch: a cache that is there was made with something else.
+      CorpusError: a source can't be read, or too many of its rows can't be used.
+      ValueError, FileNotFoundError: see `loop.train`.
+    """
+    run = _read(config, directory, sources)
+    if rows_per_shard < 1:
+        raise ValueError(f"rows_per_shard is {rows_per_shard}, expected 1 or more")
+    mesh = parallel.make_mesh(run.strategy)
+    batch = batch or _BATCH_PER_PART * math.prod(mesh.shape[axis] for axis in parallel.BATCH_AXES)
+    batches = dataclasses.replace(run.data, global_batch=batch)
+    program = Program(dataclasses.replace(run, micro_batches=1, data=batches), mesh)
+    init = str(pretrained.locate(run.init)) if run.init else None
+    tokenizer = tokenizers.make(run, init)
+    teacher_tokenizer = tokenizers.of_teacher(run, tokenizer)
+    opened = tuple(open_source(source) for source in run.data.sources)
+    streams = make_streams(run.data, opened, tokenizer, teacher_tokenizer)
+    if sources:
+        streams = tuple(stream for stream in streams if run.source_names[stream.source] in sources)
+
+    init_key, _ = program.make_keys()
+    networks = {name: tree for name, tree in (program.params | program.unread).items() if name in _makers(run)}
+    params = pretrained.initial_params(program.networks, init_key, networks, source=init, average=run.init_average)
+    targets = make_targets(
+        streams,
+        opened,
+        caching.caches_of(run, program.networks, tokenizer, teacher_tokenizer),
+        caching.weights(run.cached, params),
+        program,
+        rows_per_shard,
+    )
+    # One process claims the directories: the others would find what it has written.
+    claimed = agreement.primary(
+        lambda: [[target.claim() for target in parts.values()] for parts in targets], CacheMismatch, CorpusError
+    )
+    missing = [dict(zip(parts, shards, strict=True)) for parts, shards in zip(targets, claimed, strict=True)]
+    speaks = jax.process_index() == 0
+    if speaks:
+        print(estimate(targets, missing), flush=True)
+    encode = _Encoder(program, params)
+    if "instructions" in run.cached:
+        places = [parts["instructions"].path / caches.NULL_STATES_FILE for parts in targets]
+        lacking = agreement.primary(lambda: [str(place) for place in places if not place.exists()])
+        states = encode.null_states(tokenizer.encode(" ", run.data.text_length)) if lacking else None
+        if speaks:
+            for place in map(epath.Path, lacking):
+                storage.write_whole(place, states.tobytes())
+
+    jobs = make_jobs(streams, opened, targets, missing)
+    reports = [Report(source.path, len(source), run.data.refused_share) for source in opened]
+    rows, left = sum(len(stream.rows) for stream in streams), sum(job.rows for job in jobs)
+    share = Share.of(program)
+    with tqdm.tqdm(total=rows, initial=rows - left, unit="row", disable=not speaks, bar_format=_BAR) as bar:
+        for job in jobs:
+            _work(job, share, encode, run.data, reports[job.stream.source], bar)
+    states = agreement.gather([report.state() for report in reports])  # and so all files are written
+    for report, parts in zip(reports, zip(*states, strict=True), strict=True):
+        report.restore(Report.merge(parts))
+        if speaks and report.refused:
+            print(report)
+    if speaks:
+        print(f"caches are in {run.cache_directory}: train with the same config and cache_directory set to it")
+
+
+def _read(config: ml_collections.ConfigDict, directory: epath.PathLike, sources: Sequence[str]) -> RunConfig:
+    """The stage, with `directory` as its cache directory; refuses what can't be cached."""
+    if "stages" in config:
+        raise ConfigError(f"caches are made for one stage; name one behind the config file: {', '.join(config.stages)}")
+    run = dataclasses.replace(run_config.read(config), cache_directory=str(storage.absolute(directory)))
+    if not run.cached:
+        raise ConfigError(
+            f"cached is empty; say what to cache, of {', '.join(caches.PARTS)}: --config.cached=\"('latents', …)\""
+        )
+    if unknown := set(sources) - set(run.source_names):
+        raise ConfigError(f"no source {min(unknown)!r}; the config has {', '.join(run.source_names)}")
+    if run.init is None and run.after is not None:
+        raise ConfigError(
+            f"stage {run.stage!r} goes on from {run.after!r}; set init to where its frozen networks are, such as the "
+            "init of the first stage"
+        )
+    return run
+
+
+def _makers(run: RunConfig) -> set[str]:
+    """Names of the networks that make what is cached."""
+    return {CACHED[part] for part in run.cached}
+
+
+def _work(job: Job, share: Share, encode: "_Encoder", config: DataConfig, report: Report, bar: tqdm.tqdm) -> None:
+    """Makes the shards of a job."""
+    turns = tuple(rounds(job, share))
+    needs_pixels = any(part != "instructions" for part in job.targets)
+    steps = tuple(step for turn in turns for step in turn.steps)
+    read = _Read(job.source, job.stream, steps, share.sizes[share.group], needs_pixels)
+    elements = iter(read_ahead(grain.MapDataset.range(len(steps)).map(read), config))
+    number = 0
+    try:
+        for turn in turns:
+            with contextlib.ExitStack() as stack:
+                writers = {}
+                if share.writes and turn.shard is not None:
+                    writers = {
+                        name: stack.enter_context(_shard_writer(target, turn.shard))
+                        for name, target in job.targets.items()
+                    }
+                # While the devices encode a batch, the one before is written.
+                encoded: collections.deque[tuple[_Element, dict[str, jax.Array]]] = collections.deque()
+                for count in turn.counts:
+                    element = next(elements, None)
+                    if element is None or element.pop("index") != number:
+                        # Grain goes on silently without the elements of a worker process that was killed.
+                        raise RuntimeError(f"{job.source.path}: a worker process died; start again")
+                    number += 1
+                    encoded.append((element, encode(element.pop("arrays"), tuple(job.targets))))
+                    if len(encoded) > 1:
+                        _write(*encoded.popleft(), job, writers, report)
+                    bar.update(count)
+                while encoded:
+                    _write(*encoded.popleft(), job, writers, report)
+    finally:
+        elements.close()
+
+
+_Element = dict[str, Any]
+
+
+def _write(
+    element: _Element,
+    encoded: Mapping[str, jax.Array],
+    job: Job,
+    writers: Mapping[str, ArrayRecordWriter],
+    report: Report,
+) -> None:
+    """Appends the records of a batch to a shard of every part."""
+    if not writers:
+        return
+    arrays = {name: _rows_here(array) for name, array in encoded.items()}
+    for slot, (row, mark) in enumerate(zip(element["rows"], element["digests"], strict=True)):
+        refused = element["refusals"].get(slot)
+        if refused is not None:
+            report.add(0, (row, job.source.place(row), str(refused.cause), refused.detail))
+        else:
+            report.add(0)
+        for part, writer in writers.items():
+            if refused is not None:
+                writer.write(caches.refused_record(mark, refused))
+            else:
+                row_arrays = {name: arrays[name][slot] for name in caches.PARTS[part]}
+                writer.write(caches.usable_record(mark, row_arrays, job.targets[part].description))
+
+
+def _rows_here(array: jax.Array) -> np.ndarray:
+    """The rows of a global array that this process's devices hold, in order; each once."""
+    parts = {shard.index[0].indices(len(array))[0]: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+
+@contextlib.contextmanager
+def _shard_writer(target: Target, shard: int) -> Iterator[ArrayRecordWriter]:
+    with storage.whole_file(target.path / target.description.shard_name(shard)) as file:
+        writer = ArrayRecordWriter(file, caches.WRITER_OPTIONS)
+        yield writer
+        writer.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """Number of a step -> the rows of this host in its batch, ready to be encoded. Runs in the workers.
+
+    Attributes:
+      source, stream: of the rows.
+      steps: places in the stream, by step.
+      size: rows that a batch has room for here.
+      needs_pixels: whether images are read.
+    """
+
+    source: Source
+    stream: Stream
+    steps: tuple[range, ...]
+    size: int
+    needs_pixels: bool
+
+    def __call__(self, index: int) -> _Element:
+        """`index`; `rows`, `digests` and, by place, `refusals`; `arrays` `[size, ...]` as in `pipeline.Batches`."""
+        rows = self.stream.rows[self.steps[index].start : self.steps[index].stop].tolist()
+        digests, refusals, samples = [], {}, []
+        for slot, row in enumerate(rows):
+            mark, arrays = None, self._blank()
+            try:
+                sample = self.source[row]
+                mark = caches.digest(sample, self.source)
+                arrays = self._arrays(sample)
+            except Refused as refused:
+                refusals[slot] = refused
+            digests.append(mark)
+            samples.append(arrays)
+        samples += [self._blank()] * (self.size - len(samples))
+        arrays = {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+        return {"index": index, "rows": rows, "digests": digests, "refusals": refusals, "arrays": arrays}
+
+    def _arrays(self, sample: Sample) -> dict[str, np.ndarray]:
+        prepare = self.stream.prepare
+        return (prepare.pixels(sample) if self.needs_pixels else {}) | prepare.texts(sample)
+
+    def _blank(self) -> dict[str, np.ndarray]:
+        prepare = self.stream.prepare
+        arrays = prepare.texts(_BLANK)
+        if self.needs_pixels:
+            image = np.zeros((prepare.height, prepare.width, 3), np.uint8)
+            arrays["target"] = image
+            if prepare.references:
+                arrays["references"] = np.stack([image] * prepare.references)
+                arrays["reference_mask"] = np.zeros(prepare.references, bool)
+        return arrays
+
+
+class _Encoder:
+    """The networks on the mesh; compiled anew for each image size, number of references and choice of parts."""
+
+    def __init__(self, program: Program, params: Params):
+        self._program, self._params = program, params
+        networks = program.networks
+
+        def encode(params: Params, batch: Batch, parts: tuple[str, ...]) -> dict[str, jax.Array]:
+            made = {}
+            if "latents" in parts:
+                made["moments"] = networks.image_moments(params, batch)
+            if "instructions" in parts:
+                made["instruction_states"] = networks.encode_text(params, batch.instruction_ids)
+            if "teacher" in parts:
+                made["teacher_image"], made["teacher_text"] = networks.teacher_vectors(params, batch)
+            return made
+
+        self._encode = jax.jit(encode, static_argnames="parts", out_shardings=parallel.batch_sharding(program.mesh))
+        self._encode_text = jax.jit(networks.encode_text, out_shardings=parallel.replicated(program.mesh))
+
+    def __call__(self, arrays: Mapping[str, np.ndarray], parts: tuple[str, ...]) -> dict[str, jax.Array]:
+        """The arrays of these parts, `[batch, ...]`, of a batch of which every process gives its rows; queued."""
+        with jax.set_mesh(self._program.mesh):
+            made = self._encode(self._params, self._program.place(arrays, {}), parts=parts)
+        for array in made.values():
+            array.copy_to_host_async()
+        return made
+
+    def null_states(self, null_ids: np.ndarray) -> np.ndarray:
+        """The text encoder's states of one text, int32 `[T]` -> `[T, E]`."""
+        mesh = self._program.mesh
+        with jax.set_mesh(mesh):
+            return np.asarray(self._encode_text(self._params, parallel.replicate(null_ids[None], mesh)))[0]

@@ -1,0 +1,48 @@
+"""The tokenizers of a run, of its text encoder and of its teacher."""
+
+from collections.abc import Iterator
+
+from etils import epath
+
+from unialign_jax import pretrained
+from unialign_jax.data.samples import Refused
+from unialign_jax.data.sources import SourceConfig, open_source
+from unialign_jax.data.tokenizer import PlainTokenizer, Tokenizer
+from unialign_jax.training.run_config import RunConfig
+
+
+def make(run: RunConfig, init: str | None) -> Tokenizer:
+    """The text encoder's: what the config names, else the one that the parameters were trained with, else learned.
+
+    Args:
+      run: its tokenizer and, to learn from, its sources.
+      init: what the run starts from, as `pretrained.locate` finds it; None: random parameters.
+
+    Raises:
+      FileNotFoundError: there is no tokenizer where there should be one.
+      ValueError: see `Tokenizer.load` and `Tokenizer.learn`.
+    """
+    if run.tokenizer.path is not None:
+        return Tokenizer.load(run.tokenizer.path)
+    if init is not None:
+        return Tokenizer.load(pretrained.tokenizer_directory(epath.Path(init)))
+    return Tokenizer.learn(_texts(run), run.tokenizer.learn_vocab_size)
+
+
+def of_teacher(run: RunConfig, tokenizer: Tokenizer) -> PlainTokenizer | None:
+    """The teacher's: its own, or that of the text encoder; None without a teacher."""
+    if not run.model.get("teacher"):
+        return None
+    return PlainTokenizer.load(run.teacher_tokenizer) if run.teacher_tokenizer else tokenizer
+
+
+def _texts(run: RunConfig) -> Iterator[str]:
+    """All texts of the sources, for learning a tokenizer. Rows that can't be used are reported while training."""
+    for source in (*run.data.sources, *map(SourceConfig, run.tokenizer.more_texts)):
+        rows = open_source(source)
+        for index in range(len(rows)):
+            try:
+                sample = rows[index]
+            except Refused:
+                continue
+            yield from {sample.caption, sample.instruction, sample.question, sample.answer} - {""}
