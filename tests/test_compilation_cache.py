@@ -55,3 +55,11 @@ def test_a_directory_that_cannot_be_made(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     compilation_cache.enable(None)
     assert jax.config.jax_compilation_cache_dir is None and "no cache" in caplog.text
+
+
+def test_programs_of_several_cpu_devices_are_not_kept(tmp_path, monkeypatch):
+    """Read back, they have lost the order of their collectives."""
+    compilation_cache.enable(str(tmp_path))
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    compilation_cache.enable(str(tmp_path))
+    assert jax.config.jax_compilation_cache_dir is None

@@ -2,6 +2,9 @@
 
 Keys hold the program, its devices and the versions of JAX and XLA, so an entry never serves anything else. Entries are
 programs that will be executed: only a directory that others can't write to may be used.
+
+Not for several CPU devices: XLA for CPUs (jaxlib 0.10.2) reads a program back without the order between collectives
+inside a loop or a conditional and those outside. Each device then begins them in its own, and they mix or hang.
 """
 
 import os
@@ -24,7 +27,9 @@ def default_directory() -> str:
 
 
 def enable(directory: str | None) -> None:
-    """Uses the cache in `directory`, local or `gs://`; must come before anything is compiled.
+    """Uses the cache in `directory`, local or `gs://`; on several CPU devices, none.
+
+    Must come before anything is compiled, and after the processes have met.
 
     Args:
       directory: made if absent. Empty: no cache. None: `default_directory()`; where that can't be made, a warning says
@@ -35,7 +40,10 @@ def enable(directory: str | None) -> None:
     """
     import jax  # late: commands refuse wrong flags without loading it
 
-    if directory == "":
+    unordered = jax.default_backend() == "cpu" and jax.device_count() > 1
+    if directory == "" or unordered:
+        if unordered:
+            logging.info("programs for several CPU devices are compiled anew: read from a cache, they could hang")
         jax.config.update("jax_compilation_cache_dir", None)
         return
     path = epath.Path(default_directory() if directory is None else directory).expanduser()

@@ -188,7 +188,9 @@ def contrastive_loss(image: jax.Array, text: jax.Array, temperature: float) -> j
     The negatives are all other samples of the (global) batch. Returns a float32 scalar.
     """
     logits = jnp.dot(_normalize(image), _normalize(text).T, precision=jax.lax.Precision.HIGHEST) / temperature
-    matched = jnp.diagonal(logits)
+    rows = jnp.arange(len(logits))
+    # As jnp.diagonal, which hides its collectives in a conditional: XLA for CPUs does not keep the order of those.
+    matched = logits[rows, rows]
     to_text = jax.nn.logsumexp(logits, axis=1) - matched
     to_image = jax.nn.logsumexp(logits, axis=0) - matched
     return jnp.mean(to_text + to_image) / 2

@@ -1,8 +1,12 @@
-"""Whole runs on several devices: through a stop, bit for bit the run that was not stopped."""
+"""Whole runs on several devices and processes: the same samples and curve whatever the mesh, and through stops.
+
+The model has one block: XLA for CPUs does not keep the order between the collectives of several loops over blocks.
+"""
 
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +21,7 @@ from unialign_jax.data import scenes
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 STEPS = 8
+ONE_BLOCK = {"model.transformer.num_layers": 1}
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +32,8 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def start(corpus, tmp_path_factory):
-    """Starts a command in so many processes with so many devices each; compiled programs are kept between the runs."""
-    cache = tmp_path_factory.mktemp("xla")
+def start():
+    """Starts a command in so many processes with so many devices each."""
 
     def start(command, *, processes, devices):
         with socket.create_server(("127.0.0.1", 0)) as server:
@@ -38,16 +42,14 @@ def start(corpus, tmp_path_factory):
             **os.environ,
             "JAX_PLATFORMS": "cpu",
             "PYTHONPATH": str(ROOT),
-            # Collectives that don't depend on each other run at once on CPUs, each on a thread that it holds: too few
-            # threads, or devices that begin with different ones, and they wait for ever.
+            # Each collective under way holds a thread: too few threads, or devices that begin with different ones, and
+            # they wait for ever. Read from a compilation cache, programs lose the order of their collectives.
             "NPROC": str(16 * devices),
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 "
             "--xla_llvm_disable_expensive_passes=true --xla_cpu_multi_thread_eigen=false "
             "--xla_cpu_enable_concurrency_optimized_scheduler=false "
             "--xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_timeout_seconds=600",
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            "JAX_ENABLE_COMPILATION_CACHE": "false",
         }
         return [
             subprocess.Popen(
@@ -69,7 +71,7 @@ def run(corpus, start):
     """Runs jobs (see worker.py) one after the other; returns what each process saw of each."""
 
     def run(*jobs, processes, devices):
-        text = json.dumps([{"corpus": str(corpus)} | job for job in jobs])
+        text = json.dumps([{"corpus": str(corpus)} | job | {"changes": ONE_BLOCK | job["changes"]} for job in jobs])
         worker = str(HERE / "worker.py")
         running = start(
             lambda coordinator, index: [worker, text, coordinator, str(processes), str(index)],
@@ -113,6 +115,12 @@ def stage(directory) -> pathlib.Path:
     return directory / "photos" / "checkpoints"
 
 
+def batches(seen) -> list[list]:
+    """The rows of every global batch, put together from those of all processes (`{row: ids}` each)."""
+    merged = [{k: v for part in parts for k, v in part.items()} for parts in zip(*seen, strict=True)]
+    return [[batch[key] for key in sorted(batch, key=int)] for batch in merged]
+
+
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, work):
     first, second = whole
     assert first["devices"] == 8 and first["step"] == second["step"] == STEPS
@@ -128,3 +136,57 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, work):
 
 def leaves(tree):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def test_other_meshes_and_numbers_of_processes_go_on_with_the_same_curve(whole, run, work):
+    """8 devices, then 4, then 2 processes x 4, then 2 x 1; the 2 x 4 also train the whole."""
+    first, _ = whole
+    fours = {"steps": 4, "resume_step": 2, "allow_changed": ["steps"]}
+    ((four,),) = run(
+        {"copy": str(work / "whole"), "workdir": str(work / "chain"), "changes": fours}, processes=1, devices=4
+    )
+    two_by_four = run(
+        {"workdir": str(work / "pair"), "changes": {}},
+        {"workdir": str(work / "chain"), "changes": {"steps": 6, "allow_changed": ["steps"]}},
+        processes=2,
+        devices=4,
+    )
+    two = run({"workdir": str(work / "chain"), "changes": {"allow_changed": ["steps"]}}, processes=2, devices=1)
+
+    # Two processes train what one does: the same samples, losses equal to 1e-6, in all processes.
+    for index, (pair, _) in enumerate(two_by_four):
+        assert pair["devices"] == 8 and pair["step"] == STEPS
+        assert [int(row) for row in pair["rows"][0]] == list(range(4 * index, 4 * index + 4))
+        np.testing.assert_allclose(list(pair["losses"].values()), list(first["losses"].values()), rtol=1e-6)
+    assert two_by_four[0][0]["state"] == two_by_four[1][0]["state"]
+    assert batches([pair["rows"] for pair, _ in two_by_four]) == batches([first["rows"]])
+
+    # The chain sees what the uninterrupted run saw, and its losses.
+    parts = [[four], [seen[1] for seen in two_by_four], [seen[0] for seen in two]]
+    assert [part[0]["devices"] for part in parts] == [4, 8, 2]
+    chain = [batch for part in parts for batch in batches([seen["rows"] for seen in part])]
+    assert chain == batches([first["rows"]])[2:]
+    losses = [loss for part in parts for loss in part[0]["losses"].values()]
+    np.testing.assert_allclose(losses, list(first["losses"].values())[2:], rtol=1e-5)
+
+
+def test_sigterm_to_one_of_two_processes_ends_both_with_the_same_step_saved(start, corpus, tmp_path):
+    """The command itself, with its flags; the step is at no multiple of the checkpoints' period."""
+    flags = [f"--config={HERE / 'config.py'}:{corpus}", f"--workdir={tmp_path}", "--config.steps=100000"]
+    flags += ["--config.checkpoint.every=100000", "--preempted_exit_code=75", "--num_processes=2"]
+    flags += [f"--config.{key}={value}" for key, value in ONE_BLOCK.items()]
+    running = start(
+        lambda coordinator, index: ["launch/train.py", *flags, f"--coordinator={coordinator}", f"--process_id={index}"],
+        processes=2,
+        devices=4,
+    )
+    for line in running[0].stdout:
+        if "step 3/" in line:
+            break
+    running[1].send_signal(signal.SIGTERM)
+    (output, errors), (other, _) = finish(running)
+    assert [process.returncode for process in running] == [75, 75], told(errors)
+    with Checkpoints(stage(tmp_path), read_only=True) as checkpoints:
+        (step,) = checkpoints.all_steps()
+    assert step > 3 and f"told to stop (SIGTERM): saved step {step}" in output
+    assert "step" not in other.replace("[Gloo]", ""), other  # one process alone speaks

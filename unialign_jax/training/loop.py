@@ -30,6 +30,9 @@ from unialign_jax.training.program import Program
 from unialign_jax.training.run_config import RunConfig
 from unialign_jax.training.samples import sample_grid
 
+# Seconds for the process that compiles most slowly.
+_COMPILING = 3600
+
 
 def train(
     config: ml_collections.ConfigDict,
@@ -170,6 +173,8 @@ def train(
                     begin = time.perf_counter()
                     compiled[bucket] = program.lower(source, size, end_token_id=tokenizer.end_id).compile()
                     say(f"compiled the step for {name!r} in {time.perf_counter() - begin:.1f} s")
+                    # Gloo, between CPUs, gives up if a process comes to the first collective 30 s after the others.
+                    distributed.barrier("compiled", _COMPILING)
             profiler.before(step, window.drain)
             with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = compiled[bucket](state, frozen, batch, step_key)
