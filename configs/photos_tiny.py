@@ -26,7 +26,7 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
     config.dtype = "float32"  # CPUs have no fast bfloat16
     config.remat = "none"
     config.attention = "auto"
-    config.unroll = 5  # all blocks
+    config.unroll = 1
     config.strategy = "fsdp"
     config.trained = ("transformer", "text_encoder")
     config.after = config_dict.placeholder(str)
@@ -116,12 +116,12 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
         "pool_padding": True,
     }
     config.optimizer = {
-        "learning_rate": 4e-3,
-        "warmup_steps": 50,
-        "decay_steps": config.get_ref("steps").identity(),  # follows the steps, which it would otherwise also set
+        "learning_rate": 1e-3,
+        "warmup_steps": 100,
+        "decay_steps": 0,
         "weight_decay": 1e-2,
         "decay_matrices_only": True,
-        "muon": True,
+        "muon": False,
         "b1": 0.9,
         "b2": 0.99,
         "eps": 1e-8,

@@ -72,7 +72,8 @@ class OptimizerConfig:
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
     """Step -> learning rate: linear warm-up, then constant, or a cosine to 0 at `decay_steps`."""
     if config.decay_steps:
-        return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup_steps, config.decay_steps)
+        end = max(config.decay_steps, config.warmup_steps + 1)  # a run may be over before its warm-up is
+        return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup_steps, end)
     if not config.warmup_steps:
         return optax.constant_schedule(config.learning_rate)
     return optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
