@@ -12,8 +12,8 @@ from unialign_jax.pipeline import UniAlignPipeline
 
 DIRECTORY = pathlib.Path(unialign_jax.__file__).parent / "checkpoints_shipped" / "scenes"
 COUNT = 8
-# Far above chance, far below what it scores: of eight, these many.
-AT_LEAST = {"generate": 5, "caption": 4, "answer": 5, "edit": 3}
+# Far above chance, and below what it scores: of eight, these many.
+AT_LEAST = {"generate": 6, "answer": 3}
 
 
 @pytest.fixture(scope="module")
