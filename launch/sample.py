@@ -40,7 +40,7 @@ _REFERENCE_GUIDANCE = flags.DEFINE_float(
 _NEGATIVE = flags.DEFINE_string("negative_prompt", None, "What guidance leads away from; default as published.")
 _SIZE = flags.DEFINE_list("size", None, "Height,width in pixels; default: what the model was trained on.")
 _ASPECT = flags.DEFINE_string("aspect", None, "Width over height, such as 16:9, instead of --size.")
-_FAST = flags.DEFINE_bool("fast", False, "Texts: confidence-ordered decoding in 8 to 16 steps.")
+_FAST = flags.DEFINE_bool("fast", None, "Texts: confidence-ordered decoding, 8 to 16 steps do.")
 _PROTOCOL = flags.DEFINE_string(
     "protocol", None, "Published protocol that sets what is left out; see docs/sampling.md."
 )
@@ -77,7 +77,7 @@ def main() -> None:
         "negative_prompt": _NEGATIVE.value,
         "size": _size(),
         "aspect": _ASPECT.value,
-        "fast": _FAST.value or None,
+        "fast": _FAST.value,
         "protocol": _PROTOCOL.value,
     }
     job = sampling.Job(

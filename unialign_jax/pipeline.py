@@ -311,7 +311,7 @@ class UniAlignPipeline:
         *,
         seed: int | Sequence[int] = 0,
         steps: int | None = None,
-        fast: bool = False,
+        fast: bool | None = None,
         size: tuple[int, int] | None = None,
         aspect: str | float | None = None,
         output: str = "text",
@@ -329,6 +329,7 @@ class UniAlignPipeline:
         seeds = inputs.check_seeds(seed, len(images))
         if steps is None:
             steps = preset.caption_steps if question is None else preset.answer_steps
+        fast = preset.fast if fast is None else fast
         inputs.check_number("steps", steps, 1, programs.MAX_STEPS, whole=True)
         if output not in ("text", "array"):
             raise ValueError(f"output is {output!r}; choose 'text' or 'array'")

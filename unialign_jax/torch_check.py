@@ -89,7 +89,7 @@ def compare(
         latents = call(prompt, seed=seed, steps=steps, guidance=guidance, output="latent")
         made[task] = latents, np.asarray(finish(pipeline.params, latents[None])[0])
         requests[task] = references, guidance
-    ids = pipeline.caption(pictures[0], seed=seed, steps=steps, output="array")
+    ids = pipeline.caption(pictures[0], seed=seed, steps=steps, fast=False, output="array")
     noise = np.asarray(programs.initial_noise(networks, np.uint32([seed]), size))
     vocabulary = networks.transformer.config.vocab_size
     del pipeline, image_tasks, call  # the parameters with them
