@@ -57,7 +57,7 @@ def draw(rows) -> Image.Image:
         for image in inputs:
             sheet.paste(image.resize((SIDE, SIDE), Image.Resampling.NEAREST), (left, top))
             left += SIDE + GAP
-        pen.text((left, top + SIDE // 2 - LINE), "→", "black", ImageFont.load_default(26))
+        pen.text((left, top + SIDE // 2 - LINE), "->", "black", ImageFont.load_default(26))
         left += 3 * GAP
         if isinstance(made, str):
             write(pen, (left, top + SIDE // 2 - LINE), made, sheet.width - left - GAP, font)
