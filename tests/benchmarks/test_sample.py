@@ -6,7 +6,7 @@ from unialign_jax.benchmarks import sample, suites
 
 
 def test_report(tmp_path, monkeypatch):
-    for name, value in {"_LARGEST": 2, "_ROUNDS": 1, "_STEPS": 2, "_FULL": 0.0}.items():
+    for name, value in {"_LARGEST": 2, "_ROUNDS": 1, "_STEPS": 2, "_FULL": -10.0}.items():
         monkeypatch.setattr(sample, name, value)
     report = suites.run("sample", tmp_path / "sample.json")
     assert json.loads((tmp_path / "sample.json").read_text()) == report

@@ -67,7 +67,7 @@ def test_peak_memory_is_bounded(large, golden, tmp_path):
     print(f"converting {size / MB:.0f} MB took {imported / MB:.0f} MB one way and {exported / MB:.0f} MB the other")
     # A batch of pieces on its way to the disk, and the libraries' buffers; less than one stacked leaf.
     assert 0 < imported < 140 * MB
-    assert 0 < exported < 60 * MB
+    assert exported < 60 * MB  # 0 or less if the import left enough behind
     written = {}
     for shard in (tmp_path / "torch/text_encoder").glob("*.safetensors"):
         written.update(load_file(shard))
