@@ -88,7 +88,7 @@ def _stage(stage: str, root: config_dict.FieldReference) -> ml_collections.Confi
     config.steps = STEPS[stage]
     config.dtype = "float32"  # CPUs have no fast bfloat16
     config.remat = "none"
-    config.attention = "xla"
+    config.attention = "xla"  # as fast as "cpu" at these lengths, once the blocks are unrolled
     config.unroll = 5  # all blocks
     config.strategy = "data"
     config.trained = ("transformer", "text_encoder")

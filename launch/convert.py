@@ -16,8 +16,6 @@
 Between directories weights are streamed: memory holds a few tensors, never a network. --check holds one side at a time.
 """
 
-import pathlib
-
 from absl import flags
 
 from unialign_jax import cli
@@ -45,7 +43,10 @@ _PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
 def main() -> None:
     from unialign_jax import convert, pretrained  # late: a wrong flag is said without loading JAX
 
-    if _TO.value == "jax" and _is_run(_SOURCE.value):
+    is_run = pretrained.is_run(_SOURCE.value)
+    if (_MASK_TOKEN.value or _TEACHER.value) and (is_run or _TO.value == "torch"):
+        raise convert.ConversionError("--mask_token and --teacher go with --to=jax and a public directory")
+    if _TO.value == "jax" and is_run:
         report = pretrained.export(_SOURCE.value, _TARGET.value, average=_AVERAGE.value, progress=_PROGRESS.value)
     elif _TO.value == "jax":
         report = convert.to_jax(
@@ -56,8 +57,6 @@ def main() -> None:
             seed=_SEED.value,
             progress=_PROGRESS.value,
         )
-    elif _MASK_TOKEN.value or _TEACHER.value:
-        raise convert.ConversionError("--mask_token and --teacher go with --to=jax: they change what is read")
     elif convert.is_converted(_SOURCE.value):
         report = convert.to_torch(_SOURCE.value, _TARGET.value, progress=_PROGRESS.value)
     else:  # a run, or a clear error
@@ -72,11 +71,6 @@ def main() -> None:
     print(report)
     if _CHECK.value:
         _check()
-
-
-def _is_run(source: str) -> bool:
-    path = pathlib.Path(source)
-    return (path / "checkpoints").is_dir() or path.parent.name == "checkpoints"
 
 
 def _check() -> None:

@@ -86,6 +86,12 @@ def load(
     return _load_step(path, dtype, param_dtype, average, mesh)
 
 
+def is_run(directory: epath.PathLike) -> bool:
+    """Whether this is a run's stage directory, or one step of a run."""
+    path = storage.absolute(directory)
+    return (path / "checkpoints").is_dir() or (path.name.isdigit() and path.parent.name == "checkpoints")
+
+
 def locate(directory: epath.PathLike) -> epath.Path:
     """Where exactly the model is that a directory stands for: a run's newest step, if it is a stage directory.
 
@@ -144,19 +150,24 @@ def export(
     abstract = nn.unbox(build_networks(config["model"]).abstract())
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=here), abstract)
-    data = config["data"]
     return convert.write_jax(
         config["model"],
         _step_params(path, wanted, average),
         target,
-        sampling={
-            "text_length": data["text_length"],
-            "size": [data["height"], data["width"]],
-            "protocol": config.get("protocol", PUBLISHED_PROTOCOL),
-        },
+        sampling=_sampling(config),
         tokenizer=tokenizer_directory(path),
         progress=progress,
     )
+
+
+def _sampling(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What samplers of a run's model take where they are told nothing else, see `store.read_config`."""
+    data = config["data"]
+    return {
+        "text_length": data["text_length"],
+        "size": (data["height"], data["width"]),
+        "protocol": config.get("protocol", PUBLISHED_PROTOCOL),
+    }
 
 
 def shipped() -> list[str]:
@@ -312,15 +323,12 @@ def _load_step(path: epath.Path, dtype: str, param_dtype: Any, average: bool, me
         config = checkpoints.meta(int(path.name))["config"]
     networks = build_networks(config["model"] | {"teacher": None}, dtype=dtype)
     params = _step_params(path, _placed(networks, jnp.float32, mesh), average)
-    data = config["data"]
     return Model(
         networks=networks,
         params=jax.tree.map(lambda x: x.astype(param_dtype), params),
         tokenizer=Tokenizer.load(tokenizer_directory(path)),
-        text_length=data["text_length"],
-        size=(data["height"], data["width"]),
+        **_sampling(config),
         shift=PUBLISHED_SHIFT,
-        protocol=config.get("protocol", PUBLISHED_PROTOCOL),
         description=config["model"],
         tokenizer_directory=tokenizer_directory(path),
     )

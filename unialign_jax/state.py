@@ -101,17 +101,18 @@ def _block_matrices(params: Params) -> Params:
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Clip, then AdamW; or Muon and AdamW."""
-    constants = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
     if config.muon:
         direction = optax.contrib.muon(
             1.0,
             consistent_rms=0.2,
             muon_weight_dimension_numbers=_block_matrices,
-            **{f"adam_{name}": value for name, value in constants.items() if name != "eps"},
+            eps=config.eps,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
         )
         direction = optax.chain(direction, optax.scale(-1.0))  # it is a whole optimizer, whose steps lead downhill
     else:
-        direction = optax.scale_by_adam(**constants)
+        direction = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         direction,
