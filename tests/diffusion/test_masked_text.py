@@ -150,7 +150,7 @@ def test_confident_decoding_reveals_all_in_order_of_confidence(steps):
 
     known = jnp.array([[True, True] + [False] * 5, [False] * 7])
     prompt = jnp.full((2, 7), 3, jnp.int32)
-    tokens = masked_text.sample_confident(logits, prompt, known, num_steps=steps, mask_id=11)
+    tokens = masked_text.sample_confident(logits, prompt, known, num_steps=steps, mask_id=11, end_id=-1)
     jax.effects_barrier()
     assert len(calls) == steps
     best = np.asarray(log_p)[:, :11].argmax(-1)
@@ -164,10 +164,27 @@ def test_confident_decoding_reveals_all_in_order_of_confidence(steps):
         assert first_revealed == probability.argmax()
 
 
+@pytest.mark.parametrize(("certainty", "text"), [(0.85, [2, 3, 0, 0]), (0.95, [0, 0, 0, 0])])
+def test_ends_wait_for_words_unless_they_are_certain(certainty, text):
+    """A text is "2 3" or nothing: its ends are more probable than its words until one of those is fixed."""
+
+    def logits(ids):
+        worded = jnp.any((ids == 2) | (ids == 3), axis=1)[:, None]
+        end = jnp.array([[0.5, 0.5, certainty, certainty]])
+        end = jnp.where(worded, jnp.array([[0.01, 0.01, 0.99, 0.99]]), end)
+        end = jnp.where(jnp.any(ids == 0, axis=1)[:, None] & ~worded, 0.99, end)
+        word = jnp.arange(5) == jnp.array([2, 3, 2, 2])[:, None]
+        return jnp.log(jnp.where(jnp.arange(5) == 0, end[..., None], jnp.where(word, 1.01 - end[..., None], 1e-9)))
+
+    unknown = jnp.zeros((1, 4), bool)
+    ids = masked_text.sample_confident(logits, jnp.zeros((1, 4)), unknown, num_steps=4, mask_id=4, end_id=0)
+    np.testing.assert_array_equal(ids[0], text)
+
+
 def test_confident_decoding_of_the_recorded_network_is_argmax_at_the_end(case, logits_of):
     recorded = case("sample_answer")
     logits = logits_of(recorded["image_latents"])
-    decode = functools.partial(masked_text.sample_confident, logits, mask_id=MASK, num_steps=4)
+    decode = functools.partial(masked_text.sample_confident, logits, mask_id=MASK, end_id=1, num_steps=4)
     tokens = np.asarray(decode(recorded["prompt_ids"], recorded["prompt_mask"]))
     assert not (tokens == MASK).any()
     np.testing.assert_array_equal(tokens[recorded["prompt_mask"]], recorded["prompt_ids"][recorded["prompt_mask"]])

@@ -128,7 +128,7 @@ def text_program(networks: Networks, mesh: Mesh, steps: int, fast: bool, mask_id
             return networks.denoise(params, latents, states, jnp.zeros(len(ids)), want_image=False).text_logits
 
         if fast:
-            tokens = masked_text.sample_confident(logits, ids, known, num_steps=steps, mask_id=mask_id)
+            tokens = masked_text.sample_confident(logits, ids, known, num_steps=steps, mask_id=mask_id, end_id=end_id)
         else:
             shape = (ids.shape[1], vocabulary)
             draw = functools.partial(step_uniforms, shape=shape)
