@@ -7,7 +7,11 @@ Before it runs, the pretrained parts are converted once:
 The stage `published` has the values of the public training configuration, the only ones that are known. The three
 stages of the paper's curriculum differ from it only in mixtures and lengths, of which nothing is published.
 
-    python launch/train.py --config=configs/sd3_medium.py:all --workdir=runs/sd3 --config.data.root=DIRECTORY
+    python launch/train.py --config=configs/sd3_medium.py:all --workdir=runs/sd3 --config.data.root=DIRECTORY \\
+        --config.strategy=data+fsdp=16 --config.data.global_batch=1024
+
+With ":all", what is the same in all stages is set once: `init`, where the converted parts are, `strategy`, `remat`,
+`micro_batches`, `data.root` and `data.global_batch`. The rest belongs to a stage: --config.stages.unify.steps=40000.
 
 What the frozen encoders make of the data can be computed once and read from then on, see "Caches" in docs/data.md:
 
@@ -21,6 +25,9 @@ from ml_collections import config_dict
 
 CURRICULUM = ("pretrain", "unify", "personalize")
 STEPS = {"published": 80_000, "pretrain": 80_000, "unify": 80_000, "personalize": 20_000}
+# Set once for all stages of ":all".
+SHARED = {"init": "converted", "strategy": "fsdp", "remat": "dots", "micro_batches": 1}
+SHARED_DATA = {"root": "", "global_batch": 384}
 TEXT_LENGTH = 256
 IMAGE = 512  # pixels
 
@@ -30,14 +37,13 @@ def get_config(stage: str = "published") -> ml_collections.ConfigDict:
 
     `data.root` is the directory of the sources' files; every source's `path` can also be set by itself.
     """
-    root = config_dict.FieldReference("")
+    shared = {name: config_dict.FieldReference(value) for name, value in SHARED.items()}
+    shared["data"] = {name: config_dict.FieldReference(value) for name, value in SHARED_DATA.items()}
     if stage == "all":
-        return ml_collections.ConfigDict(
-            {"stages": {name: _stage(name, root) for name in CURRICULUM}, "data": {"root": root}}
-        )
+        return ml_collections.ConfigDict({"stages": {name: _stage(name, shared) for name in CURRICULUM}, **shared})
     if stage not in STEPS:
         raise ValueError(f"no stage {stage!r}; this config has {', '.join(STEPS)}, all")
-    return _stage(stage, root)
+    return _stage(stage, shared)
 
 
 def _source(path: str, task: str, weight: float, *, references: int = 0, format: str = "rows") -> dict:
@@ -78,7 +84,7 @@ def _sources(stage: str) -> dict:
     }
 
 
-def _stage(stage: str, root: config_dict.FieldReference) -> ml_collections.ConfigDict:
+def _stage(stage: str, shared: dict) -> ml_collections.ConfigDict:
     place = CURRICULUM.index(stage) if stage in CURRICULUM else 0
     config = ml_collections.ConfigDict()
     config.stage = stage
@@ -86,18 +92,18 @@ def _stage(stage: str, root: config_dict.FieldReference) -> ml_collections.Confi
     config.seed = 1234
     config.steps = STEPS[stage]
     config.dtype = "bfloat16"
-    config.remat = "dots"
+    config.remat = shared["remat"]
     config.attention = "auto"
     config.unroll = 1
-    config.strategy = "fsdp"
+    config.strategy = shared["strategy"]
     config.trained = ("transformer",)
     config.frozen = ()
     config.lora = {"rank": 0, "targets": ("transformer/blocks/*/query",), "alpha": config_dict.placeholder(float)}
-    config.init = config_dict.placeholder(str) if place else "converted"
+    config.init = config_dict.placeholder(str) if place else shared["init"]
     config.init_average = True
     config.cached = ()
     config.cache_directory = config_dict.placeholder(str)
-    config.micro_batches = 1
+    config.micro_batches = shared["micro_batches"]
 
     config.model = {
         "transformer": {
@@ -157,16 +163,16 @@ def _stage(stage: str, root: config_dict.FieldReference) -> ml_collections.Confi
         },
     }
     config.tokenizer = {
-        "path": "converted/tokenizer",
+        "path": config_dict.placeholder(str),  # that of what it starts from
         "learn_vocab_size": config_dict.placeholder(int),
         "more_texts": (),
     }
-    config.teacher_tokenizer = "converted/teacher_tokenizer"
+    config.teacher_tokenizer = shared["init"] + "/teacher_tokenizer"
 
     config.data = {
-        "root": root,
+        "root": shared["data"]["root"],
         "sources": _sources(stage),
-        "global_batch": 384,
+        "global_batch": shared["data"]["global_batch"],
         "height": IMAGE,
         "width": IMAGE,
         "max_aspect": 1.0,  # all images are cropped to a square; more keeps their aspect, in buckets

@@ -13,7 +13,8 @@
     python launch/convert.py --to=torch --source=converted --target=pipeline --check
         Then samples one prompt from the same noise here and in PyTorch, both in float32, and prints the differences.
 
-Between directories weights are streamed: memory holds a few tensors, never a network. --check holds one side at a time.
+Between directories weights are streamed: memory holds a few tensors, never a network. A run is read whole, in float32.
+--check holds one side at a time.
 """
 
 from absl import flags
@@ -46,6 +47,11 @@ def main() -> None:
     is_run = pretrained.is_run(_SOURCE.value)
     if (_MASK_TOKEN.value or _TEACHER.value) and (is_run or _TO.value == "torch"):
         raise convert.ConversionError("--mask_token and --teacher go with --to=jax and a public directory")
+    if _CHECK.value and _TO.value == "jax" and (is_run or _MASK_TOKEN.value):
+        raise convert.ConversionError(
+            "--check with --to=jax compares with the source in PyTorch, which must be a public directory without "
+            "--mask_token; convert the result with --to=torch --check instead"
+        )
     if _TO.value == "jax" and is_run:
         report = pretrained.export(_SOURCE.value, _TARGET.value, average=_AVERAGE.value, progress=_PROGRESS.value)
     elif _TO.value == "jax":

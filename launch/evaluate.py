@@ -52,7 +52,11 @@ def main() -> None:
     changes |= {"generate_guidance": _GUIDANCE.value, "edit_guidance": _GUIDANCE.value}
     protocol = dataclasses.replace(scenes.PROTOCOL, **{k: v for k, v in changes.items() if v is not None})
     pipeline = UniAlignPipeline.from_pretrained(
-        _CHECKPOINT.value, dtype=_DTYPE.value, average=_AVERAGE.value, max_batch=_BATCH.value, single_size=True
+        _CHECKPOINT.value,
+        dtype=_DTYPE.value,
+        average=_AVERAGE.value,
+        max_batch=min(_BATCH.value, _COUNT.value),
+        single_size=True,
     )
     tables = evaluate.evaluate_scenes(
         pipeline,
@@ -62,7 +66,12 @@ def main() -> None:
         things=things,
         count=_COUNT.value,
         protocol=protocol,
-        about={"checkpoint": _CHECKPOINT.value, "benchmark": _BENCHMARK.value, "dtype": _DTYPE.value},
+        about={
+            "checkpoint": _CHECKPOINT.value,
+            "average": _AVERAGE.value,
+            "benchmark": _BENCHMARK.value,
+            "dtype": _DTYPE.value,
+        },
     )
     for name, scores in tables.items():
         print(f"\n{name}\n{scenes.table(scores)}")

@@ -19,7 +19,7 @@ export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}" # large pages: a step's buffers are fresh memory
 
 if [ ! -x "$python" ]; then
-  say "installing into .venv" "18 minutes"
+  say "installing into .venv" "20 minutes"
   "${PYTHON:-python3}" -m venv .venv
 fi
 "$python" -m pip install --quiet --disable-pip-version-check -e .
@@ -45,5 +45,5 @@ score shipped scenes 1,1-2
 say "the fresh model for PyTorch users" "half a minute"
 "$python" launch/convert.py --to=torch --source="$out/personalize" --target="$out/pytorch"
 "$python" launch/report.py --workdir="$out" --stages="$stages" --title="Quickstart" --output="$out" \
-  --scores="this run, minutes of training=$out/scores/fresh" --scores="shipped checkpoint, hours of training=$out/scores/shipped"
+  --scores="this run, minutes of training=$out/scores/fresh" --scores="shipped checkpoint=$out/scores/shipped"
 say "done: $out/report.html, $out/metrics.json; curves: tensorboard --logdir $out" "nothing"

@@ -12,6 +12,7 @@ commands, in the order of a run:
   wait      until it is there
   install   copy this checkout to all workers and install it
   start     train on all workers, in the background       (-- --config=... --workdir=gs://...)
+  run       another program on all workers, until it ends  (-- launch/sample.py --checkpoint=gs://... ...)
   status    the request's state, and each worker's last line of log
   tail      follow a worker's log                         (--slice, --worker)
   stop      save and stop, on all workers
@@ -22,7 +23,7 @@ options:
   --zone=ZONE       such as us-east5-b
   --project=ID      default: gcloud's
   --type=TYPE       accelerator type, such as v5litepod-256, v5p-256, v6e-256
-  --slices=N        slices that train together; default 1. `start` needs it again
+  --slices=N        slices that train together; default 1. `start` and `run` need it again
   --spot            cheaper, may be taken away at any time
   --reserved        from a reservation
   --runtime=NAME    software of the VM; default: the one for JAX of --type's generation
@@ -39,7 +40,7 @@ fail() {
 }
 
 # Runs a command, or prints it as it could be typed.
-run() {
+act() {
   local word line=""
   if [[ -z "$dry_run" ]]; then
     "$@"
@@ -52,7 +53,7 @@ run() {
 }
 
 tpus() { # ARGUMENTS...: gcloud's command for queued resources, with zone and project
-  run gcloud compute tpus queued-resources "$@" "--zone=$zone" ${project:+"--project=$project"}
+  act gcloud compute tpus queued-resources "$@" "--zone=$zone" ${project:+"--project=$project"}
 }
 
 on_all_workers() { # COMMAND
@@ -123,7 +124,7 @@ install() {
   archive=$(mktemp -t unialign_jax.XXXXXX)
   # shellcheck disable=SC2064  # the name is known now
   trap "rm -f '$archive'" EXIT
-  run tar -czf "$archive" --exclude=./.git --exclude=./.venv --exclude=./runs --exclude=__pycache__ -C "$root" .
+  act tar -czf "$archive" --exclude=__pycache__ -C "$root" setup.py pyproject.toml README.md configs launch unialign_jax
   tpus scp "$archive" "$name:unialign_jax.tar.gz" --node=all --worker=all
   on_all_workers "$INSTALL"
 }
@@ -148,6 +149,18 @@ nohup setsid bash launch/tpu_vm.sh work"
   command+=$(printf ' %q' "--generation=$generation" "--slices=$slices" "--restarts=$restarts" -- "${program[@]}")
   command+=" >> run.log 2>&1 < /dev/null &
 echo \$! > run.pid"
+  on_all_workers "$command"
+}
+
+# Not in the background: what a dropped connection ends, the same command goes on with.
+run_program() {
+  [[ -n "$type" ]] || fail "run needs --type, the one that the TPU was created with"
+  [[ "${program[0]:-}" == *.py ]] || fail "run needs a program after --: -- launch/sample.py --checkpoint=gs://… …"
+  local generation command
+  generation=$(generation_of "$type")
+  command='cd ~/unialign_jax && eval "$(.venv/bin/python -m unialign_jax.accelerator_flags '"$generation $slices"')" &&
+.venv/bin/python'
+  command+=$(printf ' %q' "${program[@]}")
   on_all_workers "$command"
 }
 
@@ -233,7 +246,7 @@ done
 ((slices > 0)) || fail "--slices=0: expected 1 or more"
 
 case "$command" in
-  create | wait | install | start | status | tail | stop | delete)
+  create | wait | install | start | run | status | tail | stop | delete)
     [[ -n "$name" ]] || fail "$command needs --name"
     [[ -n "$zone" ]] || fail "$command needs --zone"
     ;;
@@ -243,6 +256,7 @@ case "$command" in
   wait) wait_until_active ;;
   install) install ;;
   start) start ;;
+  run) run_program ;;
   status)
     tpus describe "$name" "--format=value(state.state)"
     # shellcheck disable=SC2016  # expanded on the workers

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from unialign_jax import EditSession
@@ -93,6 +94,16 @@ def test_compose_masks_what_an_item_does_not_have(pipeline):
     several = pipeline.compose([[picture(0)], [picture(1), picture(2)]], ["a circle", "a square"], seed=4, **FEW)
     alone = pipeline.compose([picture(0)], "a circle", seed=4, **FEW)
     np.testing.assert_allclose(np.int32(several[0]), np.int32(alone), atol=1)
+    # One image needs no list, and a path is an image, of whatever class.
+    np.testing.assert_array_equal(pipeline.compose(picture(0), "a circle", seed=4, **FEW), alone)
+
+
+def test_paths_of_any_class_are_images(pipeline, tmp_path):
+    Image.fromarray(picture(0)).save(tmp_path / "a.png")
+    text = pipeline.caption(picture(0), **FEW)
+    for path in (str(tmp_path / "a.png"), tmp_path / "a.png", epath.Path(tmp_path / "a.png")):
+        assert pipeline.caption(path, **FEW) == text
+    assert pipeline.caption([tmp_path / "a.png"] * 2, seed=[0, 0], **FEW) == [text] * 2
 
 
 def test_text_tasks_answer_in_kind(pipeline):

@@ -174,7 +174,7 @@ class Preemption:
         with Preemption() as preemption:
             for step in ...:
                 ...
-                if preemption.reached(step):
+                if preemption.reached():
                     save(step)
                     break
 
@@ -185,11 +185,13 @@ class Preemption:
     def __init__(self) -> None:
         self._connected = jax.distributed.is_initialized()
         self._signalled = False
+        self._asked = 0  # goes on through the stages of a run: JAX agrees on a number that comes after this one
 
-    def reached(self, step: int) -> bool:
-        """True when this is the step to save and stop at. All processes must ask at every step, from the same one."""
+    def reached(self) -> bool:
+        """True when this is the step to save and stop at. All processes must ask equally often, at every step."""
+        self._asked += 1
         if self._connected:
-            return multihost_utils.reached_preemption_sync_point(step)
+            return multihost_utils.reached_preemption_sync_point(self._asked)
         return self._signalled
 
     def __enter__(self) -> Self:

@@ -157,9 +157,9 @@ class UniAlignPipeline:
         prompt: str | Sequence[str],
         **options: Unpack[ImageOptions],
     ) -> Any:
-        """One or more reference images and a prompt -> image; a list of lists for a list of prompts."""
-        references = [list(images)] if isinstance(prompt, str) else [list(item) for item in images]
-        return self._images(prompt, references, **options)
+        """One or more reference images and a prompt -> image; for a list of prompts, as many of these in a list."""
+        items = [images] if isinstance(prompt, str) else images
+        return self._images(prompt, [[item] if inputs.is_image(item) else list(item) for item in items], **options)
 
     def caption(self, image: ImageLike | Sequence[ImageLike], **options: Unpack[TextOptions]) -> Any:
         """Image -> text. 32 steps by default, as published."""

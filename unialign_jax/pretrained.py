@@ -15,6 +15,7 @@ from unialign_jax.checkpoints import Checkpoints, saved_steps
 from unialign_jax.convert import ConversionError, open_pipeline, store
 from unialign_jax.data.tokenizer import Tokenizer
 from unialign_jax.networks import Networks, build_networks
+from unialign_jax.state import OptimizerConfig
 from unialign_jax.tree_checks import describe_differences, flat_leaves
 from unialign_jax.tuning import Tuning
 
@@ -238,7 +239,8 @@ def _step_params(path: epath.Path, abstract: Mapping[str, Any], average: bool) -
         meta = checkpoints.meta(step)
         config = meta["config"]
         tuning = Tuning.of(config)
-        which = "ema" if average and config["optimizer"]["ema_rate"] > 0 else "params"
+        kept = config.get("optimizer", {}).get("ema_rate", OptimizerConfig.ema_rate) > 0
+        which = "ema" if average and kept else "params"
         trained = tuning.trained_of(abstract)
         params = checkpoints.restore_params(trained, which=which, step=step) if trained else {}
     frozen = tuning.frozen_of(abstract)
@@ -250,7 +252,9 @@ def _step_params(path: epath.Path, abstract: Mapping[str, Any], average: bool) -
             raise ValueError(f"{path}: its frozen networks are not the config's: {differences}")
         init_key, _ = jax.random.split(jax.random.key(config["seed"]))
         start = start_of(meta, path.parent.parent)
-        frozen |= tuning.frozen_of(initial_params(networks, init_key, rest, start, average=config["init_average"]))
+        frozen |= tuning.frozen_of(
+            initial_params(networks, init_key, rest, start, average=config.get("init_average", True))
+        )
     return tuning.merge(frozen, params)
 
 
@@ -323,9 +327,11 @@ def _load_step(path: epath.Path, dtype: str, param_dtype: Any, average: bool, me
         config = checkpoints.meta(int(path.name))["config"]
     networks = build_networks(config["model"] | {"teacher": None}, dtype=dtype)
     params = _step_params(path, _placed(networks, jnp.float32, mesh), average)
+    for name in params:  # one after the other: both precisions of a network are in memory at once, not of all
+        params[name] = jax.tree.map(lambda x: x.astype(param_dtype), params.pop(name))
     return Model(
         networks=networks,
-        params=jax.tree.map(lambda x: x.astype(param_dtype), params),
+        params=params,
         tokenizer=Tokenizer.load(tokenizer_directory(path)),
         **_sampling(config),
         shift=PUBLISHED_SHIFT,

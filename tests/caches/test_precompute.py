@@ -166,6 +166,17 @@ def test_a_part_alone_stands_in_for_its_network(corpus, cached, networks, part):
                 np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
+def test_what_cannot_be_read_now_is_not_left_out_for_good(corpus, tmp_path):
+    shutil.copytree(corpus, tmp_path / "corpus")
+    image = tmp_path / "corpus" / "images" / "generate_000003.png"
+    image.unlink()
+    image.mkdir()  # to open it fails, as on a file system that is not well
+    with pytest.raises(CorpusError, match=r"line 4: .*generate_000003.png.*may be readable later"):
+        precompute(
+            make_config(tmp_path / "corpus", cached=("latents",)), tmp_path / "caches", rows_per_shard=7, batch=4
+        )
+
+
 def records(config):
     """(source, part) -> what a cache holds of each row: arrays, or the cause of a refusal."""
     run = run_config.read(config)
@@ -325,7 +336,7 @@ def damage(corpus, config):
         (swap_captions, CacheMismatch, "line [12] has changed.* new one"),
         (add_row, CacheMismatch, "bucket was '12 rows.* is '13 rows.*source.rows was 12, is 13"),
         (remove("latents/*.array_record"), CorpusError, "unfinished: 1 of 2 shards are missing.*precompute"),
-        (damage, CorpusError, "00000-of-00002.array_record: damaged .*remove this file"),
+        (damage, CorpusError, "00000-of-00002.array_record can't be read.*remove this file"),
     ],
 )
 def test_a_cache_of_anything_else_is_refused(corpus, cached, tmp_path, spoil, error, message):

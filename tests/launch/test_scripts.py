@@ -74,7 +74,9 @@ def test_every_command_names_the_tpu_and_says_what_it_does():
     (describe,) = dry_run("wait", *TPU)
     assert describe[4:6] == ["describe", "run1"] and "--format=value(state.state)" in describe
     pack, copy, install = dry_run("install", *TPU)
-    assert pack[:2] == ["tar", "-czf"] and {pack[2], "--exclude=./.venv", str(ROOT)} <= set(pack)
+    assert pack[:2] == ["tar", "-czf"] and {"--exclude=__pycache__", str(ROOT)} <= set(pack)
+    assert all((ROOT / name).exists() for name in pack[pack.index(str(ROOT)) + 1 :])
+    assert "unialign_jax" in pack and "converted" not in pack and "." not in pack  # no data, no weights
     assert copy[4:9] == ["scp", pack[2], "run1:unialign_jax.tar.gz", "--node=all", "--worker=all"]
     assert install[4:8] == ["ssh", "run1", "--node=all", "--worker=all"] and '-e ".[tpu]"' in install[8]
     (tail,) = dry_run("tail", *TPU, "--slice=1", "--worker=3")
@@ -101,10 +103,23 @@ def test_start_passes_the_programs_arguments_through_both_shells():
     assert subprocess.run(["bash", "-n", "-c", remote]).returncode == 0
 
 
+def test_run_has_every_worker_run_a_program_with_the_generations_flags():
+    program = ["launch/sample.py", "--task=generate", "--prompt=a red bicycle"]
+    (command,) = dry_run("run", *TPU, "--type=v5litepod-256", "--", *program)
+    assert command[4:8] == ["ssh", "run1", "--node=all", "--worker=all"]
+    remote = command[8].removeprefix("--command=")
+    assert "accelerator_flags v5e 1" in remote and shlex.split(remote.splitlines()[-1]) == [
+        ".venv/bin/python",
+        *program,
+    ]
+    assert subprocess.run(["bash", "-n", "-c", remote]).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "usage:"),
+        (["run", *TPU, "--type=v6e-16"], "run needs a program"),
         (["fly", *TPU], "unknown command fly"),
         (["create", "--zone=z", "--type=v6e-16"], "create needs --name"),
         (["delete", "--name=n"], "delete needs --zone"),

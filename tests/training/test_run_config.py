@@ -102,7 +102,7 @@ def changed(path: str, value) -> ml_collections.ConfigDict:
         ("trained", (), r"trained is empty"),
         ("trained", (3,), r"trained\[0\]: expected str, found 3"),
         ("objective.mask_token_id", 5, r"objective\.mask_token_id: not a key of the config"),
-        ("tokenizer.path", "dir", r"tokenizer: set exactly one of path and learn_vocab_size"),
+        ("tokenizer.path", "dir", r"tokenizer: path and learn_vocab_size are both set"),
         ("checkpoint.every", 0, r"checkpoint: every is 0"),
         ("log.every", 0, r"log: every is 0"),
     ],
@@ -128,3 +128,31 @@ def test_unknown_stage_names_the_known_ones():
 def test_every_field_of_the_published_optimizer_is_written_down():
     """A default that changes must not change what the published config means."""
     assert set(load("sd3_medium").optimizer) == {field.name for field in dataclasses.fields(OptimizerConfig)}
+
+
+def test_what_all_stages_of_the_published_size_share_is_set_once():
+    spec = importlib.util.spec_from_file_location("sd3_medium", CONFIGS / "sd3_medium.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config("all").lock()
+    config.update_from_flattened_dict(
+        {
+            "init": "gs://b/converted",
+            "strategy": "data+fsdp=16",
+            "remat": "attention",
+            "micro_batches": 2,
+            "data.root": "gs://b/rows",
+            "data.global_batch": 1024,
+        }
+    )
+    for name, stage in config.stages.items():
+        run = read(stage, name)
+        assert (run.strategy, run.remat, run.micro_batches, run.data.global_batch) == (
+            "data+fsdp=16",
+            "attention",
+            2,
+            1024,
+        )
+        assert run.teacher_tokenizer == "gs://b/converted/teacher_tokenizer"
+        assert run.init == ("gs://b/converted" if name == "pretrain" else None)
+        assert all(source.path.startswith("gs://b/rows/") for source in run.data.sources)

@@ -178,9 +178,27 @@ def test_a_runs_weights_alone_are_the_same_model(finished, tmp_path):
 
 
 def test_a_stage_told_to_stop_is_not_followed_by_the_next(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.distributed.Preemption, "reached", lambda self, step: step == 1)
+    monkeypatch.setattr(loop.distributed.Preemption, "reached", lambda self: True)
     assert not stages.train(make_config(corpus), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["pretrain"]
+
+
+def test_a_signal_between_two_stages_is_not_lost(corpus, tmp_path, monkeypatch):
+    answers = iter([False, False, True])  # after both steps of the first stage, and before the second
+    monkeypatch.setattr(loop.distributed.Preemption, "reached", lambda self: next(answers))
+    assert not stages.train(make_config(corpus), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["pretrain"] and len(saved(tmp_path, "pretrain")) == 2
+
+
+def test_a_stage_that_went_back_does_so_once(finished, corpus, tmp_path):
+    """The same command again, as after a preemption, goes on; `all` leaves the stage that is finished."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    config = make_config(corpus)
+    config.stages.personalize.resume_step = 1
+    for _ in range(2):
+        assert stages.train(config, tmp_path)
+        aside = list((tmp_path / "personalize").glob("checkpoints-set-aside*/*"))
+        assert len(aside) == 1
 
 
 def test_one_stage_alone_needs_the_one_before(finished, corpus, tmp_path):

@@ -227,8 +227,8 @@ class Cache:
         except (RuntimeError, ValueError, IndexError) as error:
             shard = self.description.shard_name(index // self.description.rows_per_shard)
             raise CorpusError(
-                f"{self.path / shard}: damaged ({error}); remove this file, and the same launch/precompute.py command "
-                "makes it again"
+                f"{self.path / shard} can't be read: {error}. If it is damaged, remove this file, and the same "
+                "launch/precompute.py command makes it again"
             ) from error
         if content[:_DIGEST] != digest(sample, self._source):
             raise CacheMismatch(

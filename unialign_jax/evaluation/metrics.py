@@ -37,7 +37,7 @@ def share(right: Sequence[bool]) -> Estimate:
 
 
 def mean(values: Sequence[float]) -> Estimate:
-    """The mean, with the normal interval from the samples' own spread; of one sample it is the whole line.
+    """The mean of scores in [0, 1], with the normal interval from their own spread; of one sample it is [0, 1].
 
     Raises:
       ValueError: no samples.
@@ -45,10 +45,10 @@ def mean(values: Sequence[float]) -> Estimate:
     count = _count(values)
     value = math.fsum(values) / count
     if count == 1:
-        return Estimate(value, -math.inf, math.inf, count)
+        return Estimate(value, 0.0, 1.0, count)
     variance = math.fsum((x - value) ** 2 for x in values) / (count - 1)
     half = _Z * math.sqrt(variance / count)
-    return Estimate(value, value - half, value + half, count)
+    return Estimate(value, max(value - half, 0.0), min(value + half, 1.0), count)
 
 
 def _count(values: Sequence) -> int:

@@ -54,12 +54,12 @@ def curves(workdir: epath.PathLike, stages: Sequence[str]) -> tuple[dict[str, Cu
 
 
 def changes(losses: Mapping[str, Curve]) -> dict[str, dict[str, float]]:
-    """`first` and `last` value of each curve and their `ratio`; the last is the mean of its last tenth."""
+    """`first` and `last` value of each curve and their `ratio` (1 from 0); the last is the mean of its last tenth."""
     found = {}
     for tag, points in losses.items():
         tail = [value for _, value in points[-max(1, round(_LAST * len(points))) :]]
         first, last = points[0][1], sum(tail) / len(tail)
-        found[tag] = {"first": first, "last": last, "ratio": last / first}
+        found[tag] = {"first": first, "last": last, "ratio": last / first if first else 1.0}
     return found
 
 

@@ -1,11 +1,11 @@
 """What callers hand in, made into arrays or refused with one clear error, before anything is compiled."""
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 from PIL import Image, ImageOps
 
 from unialign_jax.data import images as image_files
@@ -13,12 +13,12 @@ from unialign_jax.data.samples import Refused
 from unialign_jax.models.unialign import check_latent_size
 from unialign_jax.networks import Networks
 
-ImageLike = Image.Image | np.ndarray | str | epath.Path
+ImageLike = Image.Image | np.ndarray | str | os.PathLike
 
 
 def is_image(value: Any) -> bool:
     """Whether this is one image, not a list of them."""
-    return isinstance(value, str | Image.Image | epath.Path) or (isinstance(value, np.ndarray) and value.ndim <= 3)
+    return isinstance(value, str | Image.Image | os.PathLike) or (isinstance(value, np.ndarray) and value.ndim <= 3)
 
 
 def as_list(images: Any, texts: str | Sequence[str], image_name: str, text_name: str) -> list[ImageLike]:
@@ -139,8 +139,8 @@ def pixels(image: ImageLike, height: int, width: int) -> np.ndarray:
       ValueError: it can't be read, or is none of these.
     """
     try:
-        if isinstance(image, str | epath.Path):
-            return image_files.load(str(image), height, width)
+        if isinstance(image, str | os.PathLike):
+            return image_files.load(os.fspath(image), height, width)
         if isinstance(image, np.ndarray):
             grey = image.ndim == 2
             if image.dtype != np.uint8 or not (grey or (image.ndim == 3 and image.shape[-1] in (3, 4))):

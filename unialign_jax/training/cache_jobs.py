@@ -10,6 +10,7 @@ from etils import epath
 from unialign_jax import agreement, storage
 from unialign_jax.data import caches
 from unialign_jax.data.caches import CacheMismatch, Caches, Description
+from unialign_jax.data.report import CorpusError
 from unialign_jax.data.sources import Source
 from unialign_jax.data.streams import Stream
 from unialign_jax.training.program import Program
@@ -38,6 +39,11 @@ class Target:
                 f"{self.description.rows_per_shard}; go on with that, or remove the directory"
             )
         return begun.missing(self.path)
+
+    def check_seen(self) -> None:
+        """Refuses a directory that another process has claimed and this one can't see."""
+        if not (self.path / caches.DESCRIPTION_FILE).exists():
+            raise CorpusError(f"{self.path} is not there on every host; expected a directory that all of them share")
 
 
 def make_targets(

@@ -18,7 +18,7 @@ from etils import epath
 
 from unialign_jax import agreement, distributed, parallel, pretrained, storage
 from unialign_jax.batch import Batch
-from unialign_jax.checkpoints import Checkpoints
+from unialign_jax.checkpoints import Checkpoints, DamagedCheckpoint
 from unialign_jax.data.pipeline import Batches, make_batches, merge_states
 from unialign_jax.data.tokenizer import Tokenizer
 from unialign_jax.networks import Networks, Params
@@ -40,6 +40,7 @@ def train(
     *,
     start: epath.PathLike | None = None,
     profile_steps: tuple[int, int] | None = None,
+    preemption: distributed.Preemption | None = None,
     make_batches: Callable[..., Batches] = make_batches,
 ) -> TrainState:
     """Trains one stage to its last step, or until SIGTERM; resumes where `workdir` holds checkpoints of it.
@@ -49,6 +50,7 @@ def train(
       workdir: the stage's files go to a sub-directory named after it.
       start: what to start from where the config's `init` does not say.
       profile_steps: first and last step to record for XProf, see `profiling.StepProfiler`.
+      preemption: of a caller that trains more than this stage.
       make_batches: makes the input pipeline; the loop's benchmark puts recorded batches in its place.
 
     Returns:
@@ -70,14 +72,14 @@ def train(
             print(f"[{run.stage}] {text}", flush=True)
 
     with contextlib.ExitStack() as stack:
-        preemption = stack.enter_context(distributed.Preemption())
+        preemption = preemption or stack.enter_context(distributed.Preemption())
         checkpoints = stack.enter_context(
             Checkpoints(
                 directory / "checkpoints", max_to_keep=run.checkpoint.keep, keep_period=run.checkpoint.keep_period
             )
         )
         latest = checkpoints.latest_step()
-        resume_step = latest if run.resume_step is None else run.resume_step
+        resume_step = latest if went_back(run, checkpoints, latest) else run.resume_step
         # Exactly where it started, however far that run has gone on: what is not trained comes from there each time.
         if resume_step is None:
             start = start if run.init is None else run.init
@@ -182,7 +184,7 @@ def train(
 
             if (profile := profiler.after(step, window.drain)) is not None:
                 say(f"profile of steps {profile_steps[0]} to {step}: {profile}")
-            stopping = preemption.reached(step)
+            stopping = preemption.reached()
             last = step == run.steps
             saving = last or stopping or step % run.checkpoint.every == 0
             if saving or step % run.log.every == 0:
@@ -206,6 +208,7 @@ def train(
                     images, text = sample_grid(networks, params, tokenizer, held_batch, run.log, run.protocol)
                     writer.write_images(step, {"samples": images})
                     writer.write_texts(step, {"captions": text})
+                    del params  # with adapters, merged kernels that no step needs
 
         batches.set_state(merge_states(agreement.gather(batches.get_state())))  # with the reports of all processes
         for report in batches.reports:
@@ -216,6 +219,19 @@ def train(
         else:
             say(f"done at step {step}; checkpoints are in {checkpoints.directory}")
     return state
+
+
+def went_back(run: RunConfig, checkpoints: Checkpoints, latest: int | None) -> bool:
+    """Whether nothing says to go back to an older step than the latest, or that has been done.
+
+    A run that is started again has the same command, `resume_step` included: it goes on from what it has saved since.
+    """
+    if run.resume_step is None or latest is None:
+        return run.resume_step is None
+    try:
+        return checkpoints.meta(latest)["config"].get("resume_step") == run.resume_step
+    except DamagedCheckpoint:
+        return False
 
 
 def _make_tokenizer(run: RunConfig, init: str | None, directory: epath.Path, *, resuming: bool) -> Tokenizer:

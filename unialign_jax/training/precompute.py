@@ -27,7 +27,7 @@ from unialign_jax.data import caches
 from unialign_jax.data.caches import CacheMismatch
 from unialign_jax.data.config import DataConfig
 from unialign_jax.data.report import CorpusError, Report
-from unialign_jax.data.samples import Refused, Sample
+from unialign_jax.data.samples import Cause, Refused, Sample
 from unialign_jax.data.sources import Source, open_source
 from unialign_jax.data.streams import Stream, make_streams, read_ahead
 from unialign_jax.networks import Params
@@ -95,6 +95,7 @@ def precompute(
     claimed = agreement.primary(
         lambda: [[target.claim() for target in parts.values()] for parts in targets], CacheMismatch, CorpusError
     )
+    agreement.everywhere(lambda: [target.check_seen() for parts in targets for target in parts.values()], CorpusError)
     missing = [dict(zip(parts, shards, strict=True)) for parts, shards in zip(targets, claimed, strict=True)]
     speaks = jax.process_index() == 0
     if speaks:
@@ -118,6 +119,8 @@ def precompute(
     states = agreement.gather([report.state() for report in reports])  # and so all files are written
     for report, parts in zip(reports, zip(*states, strict=True), strict=True):
         report.restore(Report.merge(parts))
+        if report.refused.total() > report.limit * report.rows:  # each process has seen but its own
+            raise report.too_many()
         if speaks and report.refused:
             print(report)
     if speaks:
@@ -253,6 +256,11 @@ class _Read:
                 mark = caches.digest(sample, self.source)
                 arrays = self._arrays(sample)
             except Refused as refused:
+                if refused.cause == Cause.UNREADABLE_IMAGE:
+                    raise CorpusError(
+                        f"{self.source.path}, {self.source.place(row)}: {refused.detail}. What can't be read now may "
+                        "be readable later, and a cache would leave it out for good: see to the file, and start again"
+                    ) from refused
                 refusals[slot] = refused
             digests.append(mark)
             samples.append(arrays)

@@ -69,6 +69,8 @@ class Program:
         self.state = self._abstract_state(run.tuning.trained_of(self.params))
         self.frozen = run.tuning.frozen_of(self.params)
         self.key = self._whole(jax.eval_shape(jax.random.key, 0))
+        self._codec = params["autoencoder"]
+        self._batches: dict[tuple, Batch] = {}
 
     def make_keys(self) -> tuple[jax.Array, jax.Array]:
         """The run's keys, of its first parameters and of its steps."""
@@ -83,7 +85,10 @@ class Program:
           size: height and width of its bucket, in pixels; None: those of the config.
         """
         data, cached = self.run.data, self.run.cached
-        text, pixels = (data.text_length,), (*(size or (data.height, data.width)), 3)
+        size = size or (data.height, data.width)
+        if (source.references, size) in self._batches:  # asked for at every step
+            return self._batches[source.references, size]
+        text, pixels = (data.text_length,), (*size, 3)
         whole = {}
         shapes = {"caption_ids": (text, jnp.int32), "caption_loss_mask": (text, jnp.bool_)}
         if source.references:
@@ -107,19 +112,19 @@ class Program:
             shapes["teacher_ids"] = ((data.teacher_length,), jnp.int32)
             shapes["teacher_mask"] = ((data.teacher_length,), jnp.bool_)
         split = parallel.batch_sharding(self.mesh)
-        return Batch(
+        self._batches[source.references, size] = Batch(
             **{name: self._whole(jax.ShapeDtypeStruct(*leaf)) for name, leaf in whole.items()},
             **{
                 name: jax.ShapeDtypeStruct((data.global_batch, *shape), dtype, sharding=split)
                 for name, (shape, dtype) in shapes.items()
             },
         )
+        return self._batches[source.references, size]
 
     def _moments(self, pixels: tuple[int, int, int]) -> tuple[int, int, int]:
         """`[h, w, M]` of the codec's moments of an image."""
-        codec = self.networks.codec
         image = jax.ShapeDtypeStruct((1, *pixels), jnp.float32)
-        return jax.eval_shape(codec.moments, nn.unbox(self.networks.abstract()["autoencoder"]), image).shape[1:]
+        return jax.eval_shape(self.networks.codec.moments, self._codec, image).shape[1:]
 
     def rows(self) -> tuple[int, ...]:
         """Which rows of every global batch the devices of this process hold, ascending."""

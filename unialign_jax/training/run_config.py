@@ -26,7 +26,7 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """Where token ids come from: exactly one of the two.
+    """Where token ids come from. With neither `path` nor `learn_vocab_size`, from what the run starts from.
 
     Attributes:
       path: directory of a saved tokenizer.
@@ -40,8 +40,8 @@ class TokenizerConfig:
     more_texts: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if (self.path is None) == (self.learn_vocab_size is None):
-            raise ValueError("set exactly one of path and learn_vocab_size")
+        if self.path is not None and self.learn_vocab_size is not None:
+            raise ValueError("path and learn_vocab_size are both set, expected one of them at most")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import ml_collections
 from etils import epath
 
-from unialign_jax import agreement, storage
+from unialign_jax import agreement, distributed, storage
 from unialign_jax.checkpoints import Checkpoints, saved_steps
 from unialign_jax.training import loop, run_config, saved_config
 from unialign_jax.training.run_config import ConfigError, RunConfig
@@ -44,13 +44,29 @@ def train(
         run = run_config.read(config)
         state = loop.train(config, workdir, start=_start(run, workdir), profile_steps=profile_steps)
         return int(state.step) == run.steps
+    with distributed.Preemption() as preemption:
+        return _train_all(config, workdir, profile_steps, preemption)
+
+
+def _train_all(
+    config: ml_collections.ConfigDict,
+    workdir: epath.PathLike,
+    profile_steps: tuple[int, int] | None,
+    preemption: distributed.Preemption,
+) -> bool:
+    """`train` of a config with several stages. One watch for all: a signal between two must not be lost."""
     runs = {name: run_config.read(stage, f"stages.{name}") for name, stage in config.stages.items()}
+    before = None
     for name in in_order(runs):
         stage, run = config.stages[name], runs[name]
         if _is_finished(stage, run, workdir):
             continue
-        state = loop.train(stage, workdir, start=_start(run, workdir), profile_steps=profile_steps)
-        if int(state.step) < run.steps:
+        if before is not None and preemption.reached():
+            return False
+        before = loop.train(
+            stage, workdir, start=_start(run, workdir), profile_steps=profile_steps, preemption=preemption
+        )
+        if int(before.step) < run.steps:
             return False
     return True
 
@@ -100,9 +116,11 @@ def _is_finished(stage: ml_collections.ConfigDict, run: RunConfig, workdir: epat
     """
     directory = storage.absolute(workdir) / run.stage
     step, _ = _progress(directory)
-    if step is None or step < run.steps or run.resume_step is not None:
+    if step is None or step < run.steps:
         return False
     with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
+        if not loop.went_back(run, checkpoints, step):
+            return False
         saved = checkpoints.meta(step)["config"]
     saved_config.check_unchanged(saved, saved_config.as_json(stage), run.allow_changed)
     return True

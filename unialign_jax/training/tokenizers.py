@@ -20,12 +20,17 @@ def make(run: RunConfig, init: str | None) -> Tokenizer:
 
     Raises:
       FileNotFoundError: there is no tokenizer where there should be one.
-      ValueError: see `Tokenizer.load` and `Tokenizer.learn`.
+      ValueError: nothing says which; see also `Tokenizer.load` and `Tokenizer.learn`.
     """
     if run.tokenizer.path is not None:
         return Tokenizer.load(run.tokenizer.path)
     if init is not None:
         return Tokenizer.load(pretrained.tokenizer_directory(epath.Path(init)))
+    if run.tokenizer.learn_vocab_size is None:
+        raise ValueError(
+            f"{run.stage} starts from random parameters, which have no tokenizer: set init, tokenizer.path or "
+            "tokenizer.learn_vocab_size"
+        )
     return Tokenizer.learn(_texts(run), run.tokenizer.learn_vocab_size)
 
 
