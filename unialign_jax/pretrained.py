@@ -327,7 +327,7 @@ def _load_step(path: epath.Path, dtype: str, param_dtype: Any, average: bool, me
         config = checkpoints.meta(int(path.name))["config"]
     networks = build_networks(config["model"] | {"teacher": None}, dtype=dtype)
     params = _step_params(path, _placed(networks, jnp.float32, mesh), average)
-    for name in params:  # one after the other: both precisions of a network are in memory at once, not of all
+    for name in list(params):  # one after the other: both precisions of a network are in memory at once, not of all
         params[name] = jax.tree.map(lambda x: x.astype(param_dtype), params.pop(name))
     return Model(
         networks=networks,
