@@ -10,7 +10,7 @@ import ml_collections
 from ml_collections import config_dict
 
 STAGES = ("pretrain", "unify", "personalize")
-STEPS = {"pretrain": 3_000, "unify": 6_000, "personalize": 3_000}
+STEPS = {"pretrain": 3_000, "unify": 5_000, "personalize": 2_000}
 QUICK_STEPS = {"pretrain": 800, "unify": 300, "personalize": 80}
 LEARNING_RATES = {"pretrain": 4e-3, "unify": 3e-3, "personalize": 2e-3}
 # The language has 122 words, with their commas: at this size each is one token, so that 32 hold every text and its end.
