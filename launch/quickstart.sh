@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to all six tasks on a machine with two cores and no accelerator, in 20 to 30 minutes: installs, draws
+# From nothing to all six tasks on a machine with two cores and no accelerator, in under 20 minutes: installs, draws
 # scenes, trains the three stages of a small recipe, scores the result and the checkpoint that comes with the package on
 # held-out scenes, converts to PyTorch, and writes a page about all of it.
 #   bash launch/quickstart.sh
