@@ -3,10 +3,10 @@
 import io
 import json
 
-import numpy as np
 import pytest
 from absl import flags
 from PIL import Image
+from small_batches import Bytes
 
 
 @pytest.fixture(autouse=True)
@@ -28,29 +28,21 @@ def encoded():
 
 @pytest.fixture
 def write_rows(tmp_path, encoded):
-    """Writes generation rows, caption 'i', grey level i; of the size that `size(i)` says. Returns the file."""
+    """Writes generation rows from `first` on, caption 'i', grey level i, of the size that `size(i)` says; the images of
+    `spoil` are none, those of `absent` are not there. Returns the file."""
 
-    def write(count, name="rows.jsonl", spoil=(), size=lambda i: (8, 10)):
+    def write(count, name="rows.jsonl", spoil=(), size=lambda i: (8, 10), first=0, absent=()):
         lines = []
-        for i in range(count):
-            (tmp_path / f"{i}.png").write_bytes(b"no image" if i in spoil else encoded(i, *size(i)))
-            lines.append(json.dumps({"image": [f"{i}.png"], "conversations": [{"from": "human", "value": str(i)}]}))
+        for i in range(first, first + count):
+            if i not in absent:
+                (tmp_path / f"{i}.png").write_bytes(b"no image" if i in spoil else encoded(i, *size(i)))
+            image = f"absent{i}.png" if i in absent else f"{i}.png"
+            lines.append(json.dumps({"image": [image], "conversations": [{"from": "human", "value": str(i)}]}))
         path = tmp_path / name
         path.write_text("\n".join(lines))
         return str(path)
 
     return write
-
-
-class Bytes:
-    """A tokenizer: ids are 2 + the UTF-8 bytes, then 1s."""
-
-    def encode(self, text, length):
-        ids = [2 + byte for byte in text.encode()][:length]
-        return np.array(ids + [1] * (length - len(ids)), np.int32)
-
-    def encode_prompted(self, prompt, answer, length):
-        return self.encode(prompt + answer, length), np.arange(length) >= len(prompt.encode())
 
 
 @pytest.fixture(scope="session")
