@@ -57,7 +57,7 @@ class Tuning:
       lora: with a rank, adapters are trained, and only these: `trained` and `frozen` then have no effect.
     """
 
-    trained: tuple[str, ...]
+    trained: tuple[str, ...] = ("transformer",)
     frozen: tuple[str, ...] = ()
     lora: LoraConfig = LoraConfig()
 
@@ -66,7 +66,7 @@ class Tuning:
         """From a saved run config, where sections are mappings and tuples may be lists."""
         lora = config.get("lora", {})
         lora = LoraConfig(**{key: tuple(x) if isinstance(x, list) else x for key, x in lora.items()})
-        return cls(tuple(config.get("trained", ("transformer",))), tuple(config.get("frozen", ())), lora)
+        return cls(tuple(config.get("trained", cls.trained)), tuple(config.get("frozen", ())), lora)
 
     def trained_of(self, params: Params, key: jax.Array | None = None) -> Params:
         """What is trained of a model, as nested dicts: some of its leaves, or with LoRA new adapters for some of them.

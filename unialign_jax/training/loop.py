@@ -79,7 +79,7 @@ def train(
             )
         )
         latest = checkpoints.latest_step()
-        resume_step = latest if went_back(run, checkpoints, latest) else run.resume_step
+        resume_step = latest if goes_on_from_latest(run, checkpoints, latest) else run.resume_step
         # Exactly where it started, however far that run has gone on: what is not trained comes from there each time.
         if resume_step is None:
             start = start if run.init is None else run.init
@@ -221,10 +221,16 @@ def train(
     return state
 
 
-def went_back(run: RunConfig, checkpoints: Checkpoints, latest: int | None) -> bool:
-    """Whether nothing says to go back to an older step than the latest, or that has been done.
+def goes_on_from_latest(run: RunConfig, checkpoints: Checkpoints, latest: int | None) -> bool:
+    """Whether a run goes on from its latest step: `resume_step` is not set, or has had its effect.
 
-    A run that is started again has the same command, `resume_step` included: it goes on from what it has saved since.
+    A run that is started again has the same command, `resume_step` included: having gone back once, it goes on from
+    what it has saved since.
+
+    Args:
+      run: the current config.
+      checkpoints: of the stage; all processes ask together.
+      latest: their latest step, None where there is none.
     """
     if run.resume_step is None or latest is None:
         return run.resume_step is None

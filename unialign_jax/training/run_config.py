@@ -119,7 +119,8 @@ class RunConfig:
       strategy: how the model and the batch are split over devices, see `parallel.mesh_shape`.
       log, checkpoint: when to write.
       protocol: what its samplers take where they are told nothing else, a name in `inference.presets.PROTOCOLS`.
-      resume_step: go back to this step; None: go on from the newest, if there is one.
+      resume_step: go back to this step, once: given again, as when a run is restarted, it goes on from what was saved
+        since. None: go on from the newest, if there is one.
       allow_changed: config keys that may differ from those of the run that is resumed.
     """
 
@@ -134,7 +135,7 @@ class RunConfig:
     tokenizer: TokenizerConfig
     teacher_tokenizer: str | None = None
     after: str | None = None
-    trained: tuple[str, ...] = ("transformer",)
+    trained: tuple[str, ...] = Tuning.trained
     frozen: tuple[str, ...] = ()
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     init: str | None = None

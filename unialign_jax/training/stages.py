@@ -119,7 +119,7 @@ def _is_finished(stage: ml_collections.ConfigDict, run: RunConfig, workdir: epat
     if step is None or step < run.steps:
         return False
     with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
-        if not loop.went_back(run, checkpoints, step):
+        if not loop.goes_on_from_latest(run, checkpoints, step):
             return False
         saved = checkpoints.meta(step)["config"]
     saved_config.check_unchanged(saved, saved_config.as_json(stage), run.allow_changed)
