@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from unialign_jax import convert
 from unialign_jax.checkpoints import Checkpoints
@@ -101,6 +102,23 @@ def stage(tmp_path_factory):
         state = TrainState(jnp.int32(3), trained, {}, average)
         checkpoints.save(3, state, {}, {"config": config, "init": None})
     return directory, average
+
+
+@pytest.fixture(scope="module")
+def shared_compilations(tmp_path_factory):
+    """A file's runs compile the same programs: on disk they are compiled once. After it the cache is what it was."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def pytest_addoption(parser):

@@ -6,6 +6,8 @@ import pytest
 
 from unialign_jax.benchmarks import loop, suites
 
+pytestmark = pytest.mark.usefixtures("shared_compilations")
+
 
 def test_summary():
     bare = [(1.0, 0.1), (2.0, 0.2), (1.0, 0.1), (1.0, 0.1)]

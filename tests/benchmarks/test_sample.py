@@ -1,17 +1,22 @@
-"""The benchmark of sampling, with few batches: what it reports. Its times are not judged here."""
+"""The benchmark of sampling: its arithmetic, and with few batches what it reports. Its times are not judged here."""
 
 import json
 
 from unialign_jax.benchmarks import sample, suites
 
 
+def test_full_at():
+    rows = [{"batch": 2**k, "images_per_second": speed} for k, speed in enumerate((1.0, 1.5, 1.55, 1.56))]
+    assert [sample.full_at(rows[:n]) for n in range(1, 5)] == [None, None, None, 4]
+
+
 def test_report(tmp_path, monkeypatch):
-    for name, value in {"_LARGEST": 2, "_ROUNDS": 1, "_STEPS": 2, "_FULL": -10.0}.items():
+    for name, value in {"_LARGEST": 2, "_ROUNDS": 1, "_STEPS": 2}.items():
         monkeypatch.setattr(sample, name, value)
     report = suites.run("sample", tmp_path / "sample.json")
     assert json.loads((tmp_path / "sample.json").read_text()) == report
     one, two = report["rows"]
-    assert (one["batch"], two["batch"]) == (1, 2) and report["full_at"] is None and report["model"] == "small"
+    assert (one["batch"], two["batch"]) == (1, 2) and report["model"] == "small"
     assert 0 < one["peak_gib"] < two["peak_gib"] < 1  # of one transformer, and of one batch more
     assert (tmp_path / "sample.md").read_text().count("\n") == 4
     svg = (tmp_path / "sample.svg").read_text()

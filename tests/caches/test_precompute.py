@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from unialign_jax.batch import Batch
 from unialign_jax.data import scenes
@@ -29,27 +28,11 @@ from unialign_jax.training.metrics import DelayedMetrics
 from unialign_jax.training.precompute import precompute
 from unialign_jax.training.run_config import CACHED
 
+pytestmark = pytest.mark.usefixtures("shared_compilations")
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 ALL = ("latents", "instructions", "teacher")
 ROWS, SPOILT = 12, 5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_compilations(tmp_path_factory):
-    """The runs of this file compile the same programs; on disk they are compiled once."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
@@ -22,25 +21,9 @@ from unialign_jax.training import loop, program
 from unialign_jax.training.metrics import NonFiniteLoss
 from unialign_jax.training.saved_config import ConfigChanged
 
+pytestmark = pytest.mark.usefixtures("shared_compilations")
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 STEPS, EVERY = 6, 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_compilations(tmp_path_factory):
-    """The runs of this file compile the same programs; on disk they are compiled once."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from unialign_jax import convert, pretrained
 from unialign_jax.checkpoints import Checkpoints
@@ -26,6 +25,7 @@ from unialign_jax.training.saved_config import ConfigChanged
 from unialign_jax.training.stages import StageNotFinished
 from unialign_jax.tuning import Tuning
 
+pytestmark = pytest.mark.usefixtures("shared_compilations")
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 NAMES = ("pretrain", "unify", "personalize")
 STEPS = 2
@@ -58,23 +58,6 @@ TINY = {
     "checkpoint.every": 1,
     "checkpoint.keep": 10,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_compilations(tmp_path_factory):
-    """The runs of this file compile the same programs; on disk they are compiled once."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

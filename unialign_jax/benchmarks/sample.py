@@ -51,7 +51,6 @@ def run() -> dict[str, Any]:
     mesh = parallel.make_mesh("fsdp")
     pipeline = _pipeline(mesh, small)
     rows: list[dict[str, Any]] = []
-    full_at = None
     for batch in (mesh.size * 2**k for k in range(_LARGEST.bit_length())):
         try:
             rows.append(_measure(pipeline, batch))
@@ -59,16 +58,22 @@ def run() -> dict[str, Any]:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             break
-        if len(rows) > 1 and rows[-1]["images_per_second"] < _FULL * rows[-2]["images_per_second"]:
-            full_at = rows[-2]["batch"]
+        if full_at(rows) is not None:
             break
     return {
         "model": "small" if small else "published",
         "size": list(pipeline.size),
         "rows": rows,
-        "full_at": full_at,
+        "full_at": full_at(rows),
         "files": {"md": table(rows), "svg": plot(rows)},
     }
+
+
+def full_at(rows: list[dict[str, Any]]) -> int | None:
+    """The batch before the last of `rows` if the last gains less than `_FULL` over it, or None."""
+    if len(rows) < 2 or rows[-1]["images_per_second"] >= _FULL * rows[-2]["images_per_second"]:
+        return None
+    return rows[-2]["batch"]
 
 
 def _pipeline(mesh: jax.sharding.Mesh, small: bool) -> UniAlignPipeline:
