@@ -26,6 +26,7 @@ def test_report(monkeypatch):
     assert [(result["loader"], result["workers"]) for result in report["results"]] == [
         ("ours, image files", 0),
         ("ours, ArrayRecord", 0),
+        ("ours, cached latents", 0),
         ("PyTorch DataLoader", 0),
     ]
     assert all(result["images_per_cpu_second"] > 0 and result["images_per_second"] > 0 for result in report["results"])

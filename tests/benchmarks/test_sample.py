@@ -16,7 +16,7 @@ def test_report(tmp_path, monkeypatch):
     report = suites.run("sample", tmp_path / "sample.json")
     assert json.loads((tmp_path / "sample.json").read_text()) == report
     one, two = report["rows"]
-    assert (one["batch"], two["batch"]) == (1, 2) and report["model"] == "small"
+    assert (one["batch"], two["batch"]) == (1, 2) and report["model"] == "scenes"
     assert 0 < one["peak_gib"] < two["peak_gib"] < 1  # of one transformer, and of one batch more
     assert (tmp_path / "sample.md").read_text().count("\n") == 4
     svg = (tmp_path / "sample.svg").read_text()
