@@ -30,21 +30,23 @@ _SHARE = flags.DEFINE_float("refused_share", 0.01, "Highest share of rows that m
 
 def main() -> None:
     # Late: a wrong flag is said without loading TFDS.
+    from unialign_jax import storage
     from unialign_jax.data.build import build
     from unialign_jax.data.sources import SourceConfig, open_source
 
     fields = dict(field.split("=", 1) for field in _FIELDS.value)
     source = open_source(SourceConfig(_SOURCE.value, _FORMAT.value, _TASK.value, split=_SPLIT.value, fields=fields))
+    target = storage.absolute(_TARGET.value)
     report = build(
         source,
-        _TARGET.value,
+        target,
         name=_NAME.value,
         rows_per_shard=_ROWS.value,
         processes=_PROCESSES.value,
         refused_share=_SHARE.value,
     )
     print(report)
-    print(f"{report.read - report.refused.total()} samples in {_TARGET.value}")
+    print(f"{report.read - report.refused.total()} samples in {target}")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@
     python launch/convert.py --to=torch --source=converted --target=pipeline --check
         Then samples one prompt from the same noise here and in PyTorch, both in float32, and prints the differences.
 
-Between directories weights are streamed: memory holds a few tensors, never a network. A run is read whole, in float32.
---check holds one side at a time.
+Between directories weights are streamed: memory holds a few tensors, never a network. Of a run it holds one network, in
+float32, and --check one side at a time. All directories are local, but a run may be in gs://.
 """
 
 from absl import flags
@@ -42,7 +42,7 @@ _PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
 
 
 def main() -> None:
-    from unialign_jax import convert, pretrained  # late: a wrong flag is said without loading JAX
+    from unialign_jax import convert, exports, pretrained  # late: a wrong flag is said without loading JAX
 
     is_run = pretrained.is_run(_SOURCE.value)
     if (_MASK_TOKEN.value or _TEACHER.value) and (is_run or _TO.value == "torch"):
@@ -53,7 +53,7 @@ def main() -> None:
             "--mask_token; convert the result with --to=torch --check instead"
         )
     if _TO.value == "jax" and is_run:
-        report = pretrained.export(_SOURCE.value, _TARGET.value, average=_AVERAGE.value, progress=_PROGRESS.value)
+        report = exports.to_jax(_SOURCE.value, _TARGET.value, average=_AVERAGE.value, progress=_PROGRESS.value)
     elif _TO.value == "jax":
         report = convert.to_jax(
             _SOURCE.value,
@@ -63,28 +63,20 @@ def main() -> None:
             seed=_SEED.value,
             progress=_PROGRESS.value,
         )
-    elif convert.is_converted(_SOURCE.value):
-        report = convert.to_torch(_SOURCE.value, _TARGET.value, progress=_PROGRESS.value)
-    else:  # a run, or a clear error
-        model = pretrained.load(_SOURCE.value, dtype="float32", average=_AVERAGE.value)
-        report = convert.write_torch(
-            model.description,
-            model.params,
-            _TARGET.value,
-            tokenizer=model.tokenizer_directory,
-            progress=_PROGRESS.value,
-        )
+    else:
+        report = exports.to_torch(_SOURCE.value, _TARGET.value, average=_AVERAGE.value, progress=_PROGRESS.value)
     print(report)
     if _CHECK.value:
         _check()
 
 
 def _check() -> None:
-    from unialign_jax import convert, torch_check
+    from unialign_jax import convert, storage, torch_check
 
     ours, theirs = (_TARGET, _SOURCE) if _TO.value == "jax" else (_SOURCE, _TARGET)
     options = {"steps": _STEPS.value, "seed": _SEED.value, "average": _AVERAGE.value}
-    found = torch_check.compare(ours.value, theirs.value, prompt=_PROMPT.value or torch_check.PROMPT, **options)
+    prompt = _PROMPT.value or torch_check.PROMPT
+    found = torch_check.compare(ours.value, storage.absolute(theirs.value), prompt=prompt, **options)
     print("\n".join(map(str, found)))
     if different := [difference.task for difference in found if not difference.same]:
         raise convert.ConversionError(f"{ours.value} and {theirs.value} differ in {', '.join(different)}")

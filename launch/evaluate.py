@@ -45,6 +45,7 @@ def main() -> None:
             raise ValueError(f"--{flag}: unknown {', '.join(unknown)}; there are {', '.join(known)}")
     things = [_things(text) for text in _THINGS.value]
     # Late: a wrong flag is said without loading JAX.
+    from unialign_jax import storage
     from unialign_jax.evaluation import evaluate, scenes
     from unialign_jax.pipeline import UniAlignPipeline
 
@@ -60,7 +61,7 @@ def main() -> None:
     )
     tables = evaluate.evaluate_scenes(
         pipeline,
-        _OUTPUT.value,
+        storage.absolute(_OUTPUT.value),
         tasks=_TASKS.value,
         subsets=_SETS.value,
         things=things,

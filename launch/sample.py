@@ -32,21 +32,27 @@ _IMAGE = flags.DEFINE_list("image", [], "Image files, separated by commas.")
 _PROMPTS = flags.DEFINE_string("prompts", None, "Instead of --prompt and --image: a text or JSONL file of requests.")
 _COUNT = flags.DEFINE_integer("count", 1, "How often to make what flags ask for, with seeds from --seed on.", 1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the first item; item i has seed + i.", 0)
-_STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; default as published: 50, or 32 for text.", 1)
-_GUIDANCE = flags.DEFINE_float("guidance", None, "Classifier-free guidance; default as published: 7, or 9 with images.")
+_STEPS = flags.DEFINE_integer(
+    "steps", None, "Sampling steps; default: the protocol's; published are 50, or 32 for text.", 1
+)
+_GUIDANCE = flags.DEFINE_float(
+    "guidance", None, "Classifier-free guidance; default: the protocol's; published are 7, or 9 with images."
+)
 _REFERENCE_GUIDANCE = flags.DEFINE_float(
     "reference_guidance", None, "Guidance on the reference images apart from the text's; 1, as published, is none."
 )
-_NEGATIVE = flags.DEFINE_string("negative_prompt", None, "What guidance leads away from; default as published.")
+_NEGATIVE = flags.DEFINE_string("negative_prompt", None, "What guidance leads away from; default: the protocol's.")
 _SIZE = flags.DEFINE_list("size", None, "Height,width in pixels; default: what the model was trained on.")
 _ASPECT = flags.DEFINE_string("aspect", None, "Width over height, such as 16:9, instead of --size.")
 _FAST = flags.DEFINE_bool("fast", None, "Texts: confidence-ordered decoding, 8 to 16 steps do.")
 _PROTOCOL = flags.DEFINE_string(
-    "protocol", None, "Published protocol that sets what is left out; see docs/sampling.md."
+    "protocol", None, "Sets what is left out; default: the model's own. See docs/sampling.md."
 )
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ("bfloat16", "float32"), "Compute dtype.")
 _AVERAGE = flags.DEFINE_bool("average", True, "Of a run, take the moving average of its parameters where there is one.")
-_BATCH = flags.DEFINE_integer("batch", None, "Items worked on at once, over all devices; default 8 a device.", 1)
+_BATCH = flags.DEFINE_integer(
+    "batch", None, "Items worked on at once over all devices; default: 8 for each part of a batch.", 1
+)
 _STRATEGY = flags.DEFINE_string("strategy", "fsdp", "How the devices split weights and batch, as in training.")
 _FORMAT = flags.DEFINE_enum("format", "png", ("png", "array_record", "webdataset"), "What images are written as.")
 _SHARD_ROWS = flags.DEFINE_integer("shard_rows", 1024, "Rows of a shard, of formats that have them and of texts.", 1)

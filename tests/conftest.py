@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: the recorded cases and the small networks they were recorded with."""
 
 import dataclasses
+import gc
 import json
 import os
 import pathlib
@@ -126,3 +127,19 @@ def pytest_addoption(parser):
         "--sampling-prompts", type=int, default=20, help="Rows of the sampling runs that are killed and restarted."
     )
     parser.addoption("--sampling-kills", type=int, default=1, help="How often they are killed.")
+
+
+@pytest.fixture
+def float32_bytes(monkeypatch):
+    """A list that gets, at every read of a run's parameters, the bytes of new float32 arrays that are then alive."""
+    seen, restore, before = [], Checkpoints.restore_params, jax.live_arrays()
+    known = set(map(id, before))  # `before` keeps them, so that no new array has the id of one
+
+    def noted(self, *arguments, **options):
+        params = restore(self, *arguments, **options)
+        gc.collect()
+        seen.append(sum(x.nbytes for x in jax.live_arrays() if id(x) not in known and x.dtype == jnp.float32))
+        return params
+
+    monkeypatch.setattr(Checkpoints, "restore_params", noted)
+    return seen

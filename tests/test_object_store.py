@@ -24,7 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 from orbax.checkpoint._src.path import gcs_utils
 from tensorboardX.proto.event_pb2 import Event
 
-from unialign_jax import pretrained, storage
+from unialign_jax import exports, pretrained, storage
 from unialign_jax.checkpoints import Checkpoints
 from unialign_jax.data import scenes
 from unialign_jax.data.tokenizer import Tokenizer
@@ -209,7 +209,7 @@ def test_an_outage_while_logging_loses_nothing(bucket, monkeypatch, caplog):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_run(bucket, capsys):
+def test_a_run(bucket, tmp_path, capsys):
     scenes.write_corpus(f"{bucket}/corpus", count=8, size=16, chosen=["generate"])
     spec = importlib.util.spec_from_file_location("photos_tiny", CONFIGS / "photos_tiny.py")
     module = importlib.util.module_from_spec(spec)
@@ -255,7 +255,12 @@ def test_a_run(bucket, capsys):
     assert "resuming after step 2" in capsys.readouterr().out
     assert sorted(path.name for path in (stage / "checkpoints-set-aside").iterdir()) == ["3", "README"]
 
-    model = pretrained.load(f"{bucket}/run/photos", dtype="float32")
+    exports.to_jax(f"{bucket}/run/photos", tmp_path / "weights", progress=False)
+    for place in (f"{bucket}/run/photos", tmp_path / "weights"):
+        check_model(pretrained.load(place, dtype="float32"), state)
+
+
+def check_model(model, state):
     for name, tree in state.ema.items():
         for a, b in zip(jax.tree.leaves(model.params[name]), jax.tree.leaves(tree), strict=True):
             np.testing.assert_array_equal(a, b)

@@ -1,13 +1,17 @@
 """The pipeline on a tiny random model: every task, independence of the batch, and refusals before any compilation."""
 
+import io
+import types
+
 import jax
 import numpy as np
 import pytest
 from etils import epath
 from PIL import Image
 
-from unialign_jax import EditSession
+from unialign_jax import EditSession, parallel
 from unialign_jax.data.tokenizer import Tokenizer
+from unialign_jax.inference import batches
 from unialign_jax.inference.inputs import image_size
 from unialign_jax.inference.presets import Protocol
 from unialign_jax.inference.programs import image_programs
@@ -96,6 +100,19 @@ def test_compose_masks_what_an_item_does_not_have(pipeline):
     np.testing.assert_allclose(np.int32(several[0]), np.int32(alone), atol=1)
     # One image needs no list, and a path is an image, of whatever class.
     np.testing.assert_array_equal(pipeline.compose(picture(0), "a circle", seed=4, **FEW), alone)
+    mixed = pipeline.compose([[picture(0)], []], ["a circle", "a square"], seed=4, **FEW)
+    np.testing.assert_allclose(np.int32(mixed[0]), np.int32(alone), atol=1)
+    options = {"seed": 5, "guidance": pipeline.protocol.edit_guidance, **FEW}
+    np.testing.assert_allclose(np.int32(mixed[1]), np.int32(pipeline.generate("a square", **options)), atol=1)
+
+
+def test_processes_must_ask_for_the_same(monkeypatch):
+    """What decides which programs run, by name: else they would wait for each other for ever."""
+    made = batches.Batches(parallel.make_mesh("data", jax.devices()[:1]), 4)
+    made._mesh = types.SimpleNamespace(is_multi_process=True)
+    monkeypatch.setattr(batches.multihost_utils, "process_allgather", lambda mine: np.stack([mine, mine + [0, 1, 0]]))
+    with pytest.raises(ValueError, match="by process, steps is 28, 29$"):
+        made.check_same(items=3, steps=28, watched=True)
 
 
 def test_paths_of_any_class_are_images(pipeline, tmp_path):
@@ -238,6 +255,36 @@ def test_a_session_of_edits(pipeline):
     session.undo()
     with pytest.raises(ValueError, match="no edit to take back"):
         session.undo()
+
+
+def test_an_edit_of_a_session_may_have_a_shape_of_its_own(pipeline):
+    session = EditSession(pipeline, picture(0), size=(16, 16), steps=1)
+    assert session.edit("make it red", aspect=2.0).size == (24, 12)
+    assert session.edit("make it blue", size=(8, 16)).size == (16, 8)
+    assert session.edit("make it green").size == (16, 16)
+    with pytest.raises(ValueError, match="are both given"):
+        session.edit("make it red", aspect=2.0, size=(8, 16))
+    assert session.instructions == ["make it red", "make it blue", "make it green"]
+
+
+@pytest.mark.parametrize("option", [{"output": "array"}, {"output": "latent"}, {"gather": False}])
+def test_a_session_keeps_images_that_can_be_edited(pipeline, option):
+    message = f"{next(iter(option))}: no option of an edit session"
+    with pytest.raises(ValueError, match=message):
+        EditSession(pipeline, picture(0), **option)
+    session = EditSession(pipeline, picture(0), steps=1)
+    with pytest.raises(ValueError, match=message):
+        session.edit("make it red", **option)
+    assert session.instructions == []
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+def test_an_opened_image_that_is_cut_short_is_a_bad_request(pipeline, kind):
+    file = io.BytesIO()
+    Image.fromarray(picture(0, 64, 64)).save(file, kind)
+    cut = Image.open(io.BytesIO(file.getvalue()[:-2000]))
+    with pytest.raises(ValueError, match=f"{kind} image of 64 x 64 can't be decoded"):
+        pipeline.caption(cut, **FEW)
 
 
 @pytest.mark.parametrize(

@@ -21,13 +21,14 @@ class EditSession:
     Args:
       pipeline: what edits.
       image: where the session starts; scaled and cropped to the size of the edits.
-      **options: of every edit, see `ImageOptions`; an edit may give others.
+      **options: of every edit, see `ImageOptions`, without `output` and `gather`; an edit may give others.
 
     Raises:
-      ValueError: the image can't be read, or the size can't be.
+      ValueError: the image can't be read, or the size can't be, or an option is not for sessions.
     """
 
     def __init__(self, pipeline: UniAlignPipeline, image: inputs.ImageLike, **options: Unpack[ImageOptions]):
+        _check_options(options)
         size = inputs.image_size(pipeline.networks, pipeline.size, options.get("size"), options.pop("aspect", None))
         self._pipeline, self._options = pipeline, options | {"size": size}
         self._images = [Image.fromarray(inputs.pixels(image, *size))]
@@ -49,8 +50,16 @@ class EditSession:
         return list(self._instructions)
 
     def edit(self, instruction: str, **options: Unpack[ImageOptions]) -> Image.Image:
-        """Edits the image as it is now, and returns the result. See `UniAlignPipeline.edit`."""
-        made = self._pipeline.edit(self.image, instruction, **(self._options | options))
+        """Edits the image as it is now, and returns the result. See `UniAlignPipeline.edit`.
+
+        Raises:
+          ValueError: as there, or an option is not for sessions. The session is as before.
+        """
+        _check_options(options)
+        kept = self._options
+        if options.get("aspect") is not None:  # instead of the session's size
+            kept = {name: value for name, value in kept.items() if name != "size"}
+        made = self._pipeline.edit(self.image, instruction, **(kept | options))
         self._images.append(made)
         self._instructions.append(instruction)
         return made
@@ -66,3 +75,11 @@ class EditSession:
         self._images.pop()
         self._instructions.pop()
         return self.image
+
+
+def _check_options(options: ImageOptions) -> None:
+    if refused := [name for name in ("output", "gather") if name in options]:
+        raise ValueError(
+            f"{' and '.join(refused)}: no option of an edit session, whose every process keeps a PIL image to edit "
+            "next; leave it out, and convert what `edit` returns"
+        )

@@ -100,9 +100,9 @@ class UniAlignPipeline:
         """Reads a checkpoint of any kind.
 
         Args:
-          directory: local or `gs://`: a run's stage directory (its newest step), one of its steps, a converted
-            directory, a public PyTorch pipeline directory (read as it is), or the name of a checkpoint that comes with
-            this package.
+          directory: local or `gs://`: a run's stage directory (its newest step), one of its steps, or a converted
+            directory; a local public PyTorch pipeline directory (read as it is); or the name of a checkpoint that
+            comes with this package.
           mesh: where the model goes, split by the plan of training; None: the first device.
           dtype: compute dtype, "bfloat16" or "float32".
           average: of a run, take the moving average of the parameters where there is one.
@@ -246,16 +246,16 @@ class UniAlignPipeline:
         """The image tasks; references per item, or None."""
         preset = self.protocol if protocol is None else presets.protocol(protocol)
         prompts = inputs.check_texts([prompt] if isinstance(prompt, str) else list(prompt), "prompt")
-        if references is not None and (len(references) != len(prompts) or not all(references)):
+        if references is not None and (len(references) != len(prompts) or not any(references)):
             raise ValueError(
-                f"{len(prompts)} prompt(s) came with {[len(r) for r in references]} reference image(s); "
-                "each prompt needs a list of at least one"
+                f"{len(prompts)} prompt(s) came with {[len(r) for r in references]} reference image(s); each prompt "
+                "needs a list, and one of the lists at least one image (without any: generate)"
             )
         height, width = inputs.image_size(self.networks, self.size, size, aspect)
         seeds = inputs.check_seeds(seed, len(prompts))
-        steps = preset.steps if steps is None else steps
-        if guidance is None:
-            guidance = preset.generate_guidance if references is None else preset.edit_guidance
+        task = "generate" if references is None else "compose"
+        settled = preset.settle(task, steps=steps, guidance=guidance, negative_prompt=negative_prompt)
+        steps, guidance = settled["steps"], settled["guidance"]
         inputs.check_number("steps", steps, 1, programs.MAX_STEPS, whole=True)
         inputs.check_number("guidance", guidance, 0)
         inputs.check_number("reference_guidance", reference_guidance, 0)
@@ -263,21 +263,29 @@ class UniAlignPipeline:
             raise ValueError(f"reference_guidance {reference_guidance} needs reference images; there are none")
         if output not in ("pil", "array", "latent"):
             raise ValueError(f"output is {output!r}; choose 'pil', 'array' or 'latent'")
-        negative = preset.negative_prompt if negative_prompt is None else negative_prompt
-        [negative] = inputs.check_texts([negative], "negative_prompt")
+        [negative] = inputs.check_texts([settled["negative_prompt"]], "negative_prompt")
         negative_ids = self.tokenizer.encode(negative, self.text_length)
         rows = [seeds, np.stack([self.tokenizer.encode(text, self.text_length) for text in prompts])]
         if references is not None:
             rows += inputs.reference_pixels(references, height, width)
-        if gather:
-            self.batches.check_same([len(prompts), 0 if references is None else rows[2].shape[1], height, width, steps])
-
         made = programs.image_programs(self.networks, self.mesh)
         branches = 3 if reference_guidance != 1 else 2 if guidance != 1 else 1
         scales = np.asarray([reference_guidance, guidance][3 - branches :] if branches > 1 else [], np.float32)
         sigmas = programs.sigma_table(steps, self.shift)
         runs = flow_matching.guided_runs(sigmas[: steps + 1], guidance_interval, guided=branches > 1)
         watched = (self.progress if progress is None else progress) or preview is not None
+        if gather:
+            self.batches.check_same(
+                items=len(prompts),
+                references=0 if references is None else rows[2].shape[1],
+                height=height,
+                width=width,
+                steps=steps,
+                guided_branches=branches,
+                guidance_runs=len(runs),
+                watched=watched,
+                latents=output == "latent",
+            )
 
         def sample(first: int, count: int, bar: tqdm.tqdm, seeds, ids, pictures=None, mask=None) -> jax.Array:
             latents, conditions = made.begin(
@@ -327,9 +335,8 @@ class UniAlignPipeline:
             raise ValueError("there is nothing to do: the list is empty")
         height, width = inputs.image_size(self.networks, self.size, size, aspect)
         seeds = inputs.check_seeds(seed, len(images))
-        if steps is None:
-            steps = preset.caption_steps if question is None else preset.answer_steps
-        fast = preset.fast if fast is None else fast
+        settled = preset.settle("caption" if question is None else "answer", steps=steps, fast=fast)
+        steps, fast = settled["steps"], settled["fast"]
         inputs.check_number("steps", steps, 1, programs.MAX_STEPS, whole=True)
         if output not in ("text", "array"):
             raise ValueError(f"output is {output!r}; choose 'text' or 'array'")
@@ -344,7 +351,8 @@ class UniAlignPipeline:
                 ids[i], known[i] = self.encode_question(text, preset)
         pictures = np.stack([inputs.pixels(item, height, width) for item in images])
         if gather:
-            self.batches.check_same([len(images), 0, height, width, steps])
+            request = {"items": len(images), "height": height, "width": width, "steps": steps, "fast": fast}
+            self.batches.check_same(**request, length=length)
         program = programs.text_program(
             self.networks, self.mesh, steps, fast, self.tokenizer.mask_id, self.tokenizer.end_id
         )
@@ -370,7 +378,7 @@ class UniAlignPipeline:
     ) -> list[np.ndarray | None]:
         """Runs `sample(first item, items, bar, *placed rows)` on the batches of a request; the rows of its results."""
         count, out = len(rows[0]), []
-        shown = self.progress if progress is None else progress
+        shown = (self.progress if progress is None else progress) and jax.process_index() == 0
         with tqdm.tqdm(total=count, unit=unit, disable=not shown, bar_format=_BAR) as bar, jax.set_mesh(self.mesh):
             for start, stop, size in self.batches.cut(count):
                 placed = [self.batches.place(array[start:stop], size) for array in rows]

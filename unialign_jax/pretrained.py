@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
-from unialign_jax import agreement, convert, parallel, storage
+from unialign_jax import agreement, parallel, storage
 from unialign_jax.checkpoints import Checkpoints, saved_steps
 from unialign_jax.convert import ConversionError, open_pipeline, store
 from unialign_jax.data.tokenizer import Tokenizer
@@ -79,12 +79,17 @@ def load(
       ValueError: it is damaged, or of another format.
     """
     param_dtype = jnp.dtype(param_dtype or dtype)
-    if (epath.Path(directory) / "transformer" / "config.json").exists():
-        return _load_public(epath.Path(directory), dtype, param_dtype, mesh)
+    if is_public(directory):
+        return _load_public(storage.absolute(directory), dtype, param_dtype, mesh)
     path = locate(directory)
     if store.is_converted(path):
         return _load_converted(path, dtype, param_dtype, mesh)
     return _load_step(path, dtype, param_dtype, average, mesh)
+
+
+def is_public(directory: epath.PathLike) -> bool:
+    """Whether this looks like a public PyTorch pipeline directory."""
+    return (storage.absolute(directory) / "transformer" / "config.json").exists()
 
 
 def is_run(directory: epath.PathLike) -> bool:
@@ -128,40 +133,13 @@ def _locate(path: epath.Path) -> epath.Path:
     )
 
 
-def export(
-    source: epath.PathLike, target: epath.PathLike, *, average: bool = True, progress: bool = True
-) -> convert.Report:
-    """Writes a run's model as a converted directory: its weights alone, of all networks, in float32.
-
-    Args:
-      source: a run's stage directory (its newest step), or a step in one.
-      target: a local directory that does not exist or is empty.
-      average: take the moving average of the parameters where one was kept.
-      progress: whether to show a progress bar.
-
-    Raises:
-      FileNotFoundError: there is no run.
-      ValueError: it is damaged, the target is not free, or the source is a converted directory already.
-    """
-    path = locate(source)
-    if store.is_converted(path):
-        raise ConversionError(f"{path} is a converted checkpoint already; copy it")
+def config_of(path: epath.Path) -> dict[str, Any]:
+    """The config of a run, by the record in one of its steps, `.../checkpoints/STEP`."""
     with Checkpoints(path.parent, read_only=True) as checkpoints:
-        config = checkpoints.meta(int(path.name))["config"]
-    abstract = nn.unbox(build_networks(config["model"]).abstract())
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=here), abstract)
-    return convert.write_jax(
-        config["model"],
-        _step_params(path, wanted, average),
-        target,
-        sampling=_sampling(config),
-        tokenizer=tokenizer_directory(path),
-        progress=progress,
-    )
+        return checkpoints.meta(int(path.name))["config"]
 
 
-def _sampling(config: Mapping[str, Any]) -> dict[str, Any]:
+def sampling_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """What samplers of a run's model take where they are told nothing else, see `store.read_config`."""
     data = config["data"]
     return {
@@ -194,8 +172,8 @@ def initial_params(
     Args:
       networks: what they are for.
       key: of the random ones; the same key gives the same parameters for any choice of networks, on any mesh.
-      abstract: the wanted networks by name, trees of `jax.ShapeDtypeStruct`, float32. Arrays go straight to the devices
-        that their shardings name; those without to the first local one.
+      abstract: the wanted networks by name, trees of `jax.ShapeDtypeStruct` that say each array's dtype. Arrays go
+        straight to the devices that their shardings name; those without to the first local one.
       source: None: random. Else see `load`. Networks that a run did not train are what they were in that run.
       average: of a run, take the moving average of the parameters where one was kept.
 
@@ -204,58 +182,104 @@ def initial_params(
       ValueError: the directory's networks are not those of `networks`, which is shown by name, or are damaged.
     """
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shardings = jax.tree.map(lambda leaf: leaf.sharding or here, dict(abstract))
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or here), dict(abstract)
+    )
     if source is None:
 
         def init(key):
             params = networks.init(key)
             return {name: params[name] for name in abstract}
 
-        return jax.jit(init, out_shardings=shardings)(key)
+        return _cast(jax.jit(init, out_shardings=_shardings(abstract))(key), abstract)
     path = locate(source)
     if not store.is_converted(path):
-        return _step_params(path, abstract, average)
-    return agreement.everywhere(lambda: _converted_params(path, abstract, shardings), ConversionError, ValueError)
+        return step_params(path, abstract, average)
+    return agreement.everywhere(lambda: _converted_params(path, abstract), ConversionError, ValueError)
 
 
-def _converted_params(path: epath.Path, abstract: Mapping[str, Any], shardings: Mapping[str, Any]) -> dict[str, Any]:
+def _converted_params(path: epath.Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
     params = {}
-    for name in abstract:
-        if not abstract[name]:  # the pixel codec has no parameters
+    for name, tree in abstract.items():
+        if not tree:  # the pixel codec has no parameters
             params[name] = {}
             continue
         stored = store.open_network(path, name)
         found = {tuple(leaf.split("/")): jax.ShapeDtypeStruct(x.shape, jnp.float32) for leaf, x in stored.items()}
-        if differences := describe_differences(found, flat_leaves(abstract[name]), prefix=f"{name}/"):
+        if differences := describe_differences(found, flat_leaves(_in_float32(tree)), prefix=f"{name}/"):
             raise ValueError(f"{path}: its {name} is not the config's: {differences}")
-        params[name] = store.restore_network(path, name, dtype=jnp.float32, shardings=shardings[name])
+        dtype = jax.tree.leaves(tree)[0].dtype
+        params[name] = store.restore_network(path, name, dtype=dtype, shardings=_shardings(tree))
     return params
 
 
-def _step_params(path: epath.Path, abstract: Mapping[str, Any], average: bool) -> dict[str, Any]:
-    """Networks of one step of a run: what it trained from the checkpoint, the rest from where the run had it."""
-    step = int(path.name)
+def step_params(path: epath.Path, abstract: Mapping[str, Any], average: bool) -> dict[str, Any]:
+    """Networks of one step of a run.
+
+    They are read one after the other: of what is wanted in another dtype, memory holds one network in float32.
+
+    Args:
+      path: `.../checkpoints/STEP`.
+      abstract: see `initial_params`; every array has a sharding.
+      average: take the moving average of the parameters where one was kept.
+
+    Raises:
+      FileNotFoundError, ValueError: see `initial_params`.
+    """
     with Checkpoints(path.parent, read_only=True) as checkpoints:
-        meta = checkpoints.meta(step)
-        config = meta["config"]
-        tuning = Tuning.of(config)
-        kept = config.get("optimizer", {}).get("ema_rate", OptimizerConfig.ema_rate) > 0
-        which = "ema" if average and kept else "params"
-        trained = tuning.trained_of(abstract)
-        params = checkpoints.restore_params(trained, which=which, step=step) if trained else {}
-    frozen = tuning.frozen_of(abstract)
-    rest = {name: abstract[name] for name, tree in frozen.items() if jax.tree.leaves(tree)}
-    if rest:
-        networks = build_networks(config["model"])
-        saved = {name: tree for name, tree in nn.unbox(networks.abstract()).items() if name in rest}
-        if differences := describe_differences(flat_leaves(saved), flat_leaves(rest)):
-            raise ValueError(f"{path}: its frozen networks are not the config's: {differences}")
-        init_key, _ = jax.random.split(jax.random.key(config["seed"]))
-        start = start_of(meta, path.parent.parent)
-        frozen |= tuning.frozen_of(
-            initial_params(networks, init_key, rest, start, average=config.get("init_average", True))
-        )
-    return tuning.merge(frozen, params)
+        meta = checkpoints.meta(int(path.name))
+    return {name: _step_network(path, meta, name, tree, average) for name, tree in abstract.items()}
+
+
+def _step_network(path: epath.Path, meta: Mapping[str, Any], name: str, wanted: Any, average: bool) -> dict[str, Any]:
+    """A network of a step: what the run trained of it from the checkpoint, the rest from where the run had it."""
+    tuning = Tuning.of(meta["config"])
+    if not jax.tree.leaves(tuning.trained_of({name: wanted})):
+        return _frozen_network(path, meta, name, wanted)
+    whole = {name: _in_float32(wanted)}  # as it was saved, and as adapters are added
+    kept = meta["config"].get("optimizer", {}).get("ema_rate", OptimizerConfig.ema_rate) > 0
+    which = "ema" if average and kept else "params"
+    with Checkpoints(path.parent, read_only=True) as checkpoints:
+        trained = checkpoints.restore_params(tuning.trained_of(whole), which=which, step=int(path.name))
+    frozen = tuning.frozen_of(whole)
+    if frozen:
+        frozen = tuning.frozen_of({name: _frozen_network(path, meta, name, whole[name])})
+    return _cast(tuning.merge(frozen, trained)[name], wanted)
+
+
+def _frozen_network(path: epath.Path, meta: Mapping[str, Any], name: str, wanted: Any) -> dict[str, Any]:
+    """A network as it was when the run of a step started."""
+    if not wanted:  # the pixel codec has no parameters
+        return {}
+    config = meta["config"]
+    networks = build_networks(config["model"])
+    had = {key: tree for key, tree in nn.unbox(networks.abstract()).items() if key == name}
+    if differences := describe_differences(flat_leaves(had), flat_leaves({name: _in_float32(wanted)})):
+        raise ValueError(f"{path}: its frozen networks are not the config's: {differences}")
+    init_key, _ = jax.random.split(jax.random.key(config["seed"]))
+    start, average = start_of(meta, path.parent.parent), config.get("init_average", True)
+    return initial_params(networks, init_key, {name: wanted}, start, average=average)[name]
+
+
+def _in_float32(abstract: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), abstract)
+
+
+def _shardings(abstract: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def _cast(params: Any, abstract: Any) -> Any:
+    """Parameters that nobody else holds in the dtypes of `abstract`; each is freed as soon as it is cast."""
+
+    def cast(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+        if x.dtype == like.dtype:
+            return x
+        made = x.astype(like.dtype)
+        x.delete()
+        return made
+
+    return jax.tree.map(cast, params, abstract)
 
 
 def start_of(meta: Mapping[str, Any], stage_directory: epath.Path) -> str | None:
@@ -291,8 +315,7 @@ def _load_converted(path: epath.Path, dtype: str, param_dtype: Any, mesh: Mesh |
     networks = build_networks(dict(description) | {"teacher": None}, dtype=dtype)
     params = {}
     for name, tree in _placed(networks, param_dtype, mesh).items():
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, tree)
-        params[name] = store.restore_network(path, name, dtype=param_dtype, shardings=shardings) if tree else {}
+        params[name] = store.restore_network(path, name, dtype=param_dtype, shardings=_shardings(tree)) if tree else {}
     return _published(networks, params, description, tokenizer_directory(path))
 
 
@@ -323,17 +346,13 @@ def _published(networks: Networks, params: Any, description: Mapping[str, Any], 
 
 
 def _load_step(path: epath.Path, dtype: str, param_dtype: Any, average: bool, mesh: Mesh | None) -> Model:
-    with Checkpoints(path.parent, read_only=True) as checkpoints:
-        config = checkpoints.meta(int(path.name))["config"]
+    config = config_of(path)
     networks = build_networks(config["model"] | {"teacher": None}, dtype=dtype)
-    params = _step_params(path, _placed(networks, jnp.float32, mesh), average)
-    for name in list(params):  # one after the other: both precisions of a network are in memory at once, not of all
-        params[name] = jax.tree.map(lambda x: x.astype(param_dtype), params.pop(name))
     return Model(
         networks=networks,
-        params=params,
+        params=step_params(path, _placed(networks, param_dtype, mesh), average),
         tokenizer=Tokenizer.load(tokenizer_directory(path)),
-        **_sampling(config),
+        **sampling_of(config),
         shift=PUBLISHED_SHIFT,
         description=config["model"],
         tokenizer_directory=tokenizer_directory(path),

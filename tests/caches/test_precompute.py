@@ -16,7 +16,9 @@ import pytest
 
 from unialign_jax.batch import Batch
 from unialign_jax.data import scenes
+from unialign_jax.data.build import build
 from unialign_jax.data.caches import CacheMismatch, Description
+from unialign_jax.data.jsonl import JsonlSource
 from unialign_jax.data.pipeline import make_batches
 from unialign_jax.data.report import CorpusError
 from unialign_jax.data.samples import Refused
@@ -158,6 +160,16 @@ def test_what_cannot_be_read_now_is_not_left_out_for_good(corpus, tmp_path):
         precompute(
             make_config(tmp_path / "corpus", cached=("latents",)), tmp_path / "caches", rows_per_shard=7, batch=4
         )
+
+
+def test_a_shard_that_cannot_be_read_now_is_not_recorded_as_refused(corpus, tmp_path):
+    build(JsonlSource(corpus / "generate.jsonl"), tmp_path / "made", rows_per_shard=2, refused_share=0.2)
+    sorted((tmp_path / "made").glob("*.array_record*"))[0].rename(tmp_path / "away")
+    config = make_config(corpus, cached=("latents",))
+    config.data.sources = {"draw": {"path": str(tmp_path / "made"), "format": "tfds"}}
+    with pytest.raises(CorpusError, match=r"made\[train\], example [01]: .*00000-of-00006 can't be read: .*No such"):
+        precompute(config, tmp_path / "caches", rows_per_shard=7, batch=4)
+    assert not list((tmp_path / "caches").rglob("*.array_record"))
 
 
 def records(config):

@@ -1,18 +1,26 @@
 """Aspect buckets: their sizes, how rows are divided among them, measuring images, and batches of several buckets."""
 
 import collections
+import concurrent.futures
+import dataclasses
+import functools
 import io
 import itertools
 import json
+import threading
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from unialign_jax.data.buckets import bucket_sizes, divide, target_sizes
+from unialign_jax import distributed
+from unialign_jax.data import buckets
+from unialign_jax.data.buckets import agreed_sizes, bucket_sizes, divide, target_sizes
 from unialign_jax.data.config import DataConfig
 from unialign_jax.data.jsonl import JsonlSource
 from unialign_jax.data.pipeline import make_batches, merge_states
+from unialign_jax.data.report import CorpusError
 from unialign_jax.data.sources import SourceConfig
 
 # Of the rows of the corpus, by i % 4: wide, square, tall, square.
@@ -70,6 +78,74 @@ def test_images_are_measured_once_upright_and_from_their_headers(tmp_path, encod
     with path.open("a") as file:  # another state of the file: measured anew
         file.write("\n" + json.dumps(rows[3]))
     np.testing.assert_array_equal(target_sizes(JsonlSource(path)), [[0, 0], *expected[1:], [8, 9]])
+
+
+def test_an_image_that_can_not_be_read_now_is_not_measured_as_unknown(tmp_path, write_rows):
+    path = write_rows(3)
+    (tmp_path / "1.png").unlink()
+    (tmp_path / "1.png").mkdir()  # to open it fails, as on a file system that is not well
+    with pytest.raises(CorpusError, match=r"rows.jsonl, line 2: .*1.png.*may be readable later"):
+        target_sizes(JsonlSource(path))
+    assert not list(tmp_path.glob("*.npz*"))
+
+
+@pytest.fixture
+def in_processes(monkeypatch):
+    """Calls functions at once, as a process each of one run; gives their results, or the errors that they raised."""
+    here, texts = threading.local(), {}
+
+    def call(*functions):
+        barrier = threading.Barrier(len(functions), timeout=60)
+
+        def exchange(_, text, timeout):
+            texts[here.index] = text
+            barrier.wait()
+            exchanged = [texts[index] for index in range(len(functions))]
+            barrier.wait()
+            return exchanged
+
+        def process(index):
+            here.index = index
+            try:
+                return functions[index]()
+            except Exception as error:
+                return error
+
+        monkeypatch.setattr(jax, "process_count", lambda: len(functions))
+        monkeypatch.setattr(jax, "process_index", lambda: here.index)
+        monkeypatch.setattr(distributed, "exchange", exchange)
+        with concurrent.futures.ThreadPoolExecutor(len(functions)) as pool:
+            return list(pool.map(process, range(len(functions))))
+
+    return call
+
+
+class Elsewhere(JsonlSource):
+    """A source as another host sees it, with other images."""
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return dataclasses.replace(sample, target=sample.target.replace("0.png", "1.png"))
+
+
+def test_one_process_measures_and_all_have_its_sizes(tmp_path, write_rows, in_processes):
+    path = write_rows(3, size=lambda i: (8, 10 + i))
+    here, there = in_processes(*(functools.partial(agreed_sizes, kind(path)) for kind in (JsonlSource, Elsewhere)))
+    np.testing.assert_array_equal(here, [[8, 10], [8, 11], [8, 12]])
+    np.testing.assert_array_equal(there, here)
+    assert [file.name for file in tmp_path.glob("*.npz*")] == ["rows.jsonl.sizes.npz"]
+
+
+def test_processes_that_see_other_sizes_are_refused(tmp_path, write_rows, in_processes, monkeypatch):
+    def refuse(*_):
+        raise OSError("read-only")
+
+    monkeypatch.setattr(buckets, "save_sizes", refuse)
+    path = write_rows(3, size=lambda i: (8, 10 + i))
+    agree = in_processes(*[functools.partial(agreed_sizes, JsonlSource(path))] * 2)
+    np.testing.assert_array_equal(*agree)
+    for error in in_processes(*(functools.partial(agreed_sizes, kind(path)) for kind in (JsonlSource, Elsewhere))):
+        assert isinstance(error, CorpusError) and "other sizes in process 1 than in process 0" in str(error)
 
 
 @pytest.fixture

@@ -4,10 +4,14 @@ import io
 import json
 import pickle
 
+import fsspec
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from etils import epath
+from etils.epath import backend
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
 from unialign_jax.data import build as building
@@ -54,6 +58,56 @@ def test_every_kind_of_sample_comes_back_as_it_was(tmp_path, encoded):
     assert decoded["target"].shape == (10, 10, 3) and (decoded["target"] == 2).all() and len(decoded["references"]) == 1
 
 
+@pytest.fixture
+def bucket(tmp_path):
+    """An object store's address; what is in it lies in the folder "store". Only `epath` can write there."""
+
+    class Objects(DirFileSystem):
+        protocol = ("gcs", "gs")
+
+        def __init__(self, **_):
+            super().__init__(path=str(tmp_path / "store"), fs=LocalFileSystem(auto_mkdir=True))
+
+        def mkdir(self, path, *_, **__):  # directories come with the files in them
+            pass
+
+        makedirs = mkdir
+
+        def mv(self, path1, path2, **_):
+            super().mv(path1, path2, recursive=True)
+
+        rename = mv
+
+    fsspec.register_implementation("gcs", Objects, clobber=True)
+    backend.fsspec_backend._get_filesystem.cache_clear()
+    yield "gs://bucket"
+    backend.fsspec_backend._get_filesystem.cache_clear()
+
+
+def test_a_dataset_in_an_object_store_is_the_same(tmp_path, write_rows, bucket):
+    source = JsonlSource(write_rows(7, spoil=(4,)))
+    build(source, f"{bucket}/made", rows_per_shard=3, refused_share=0.2)
+    build(source, tmp_path / "here", rows_per_shard=3, refused_share=0.2)
+    assert files(tmp_path / "store" / "bucket" / "made") == files(tmp_path / "here")
+    assert not epath.Path(f"{bucket}/made/.unfinished").exists()
+    remote = TfdsSource(f"{bucket}/made")
+    np.testing.assert_array_equal(target_sizes(remote), [[8, 10]] * 6)
+
+
+def test_what_can_not_be_read_now_is_not_left_out_for_good(tmp_path, write_rows):
+    path = write_rows(9)
+    image = tmp_path / "5.png"
+    data = image.read_bytes()
+    image.unlink()
+    image.mkdir()  # to open it fails, as on a file system that is not well
+    with pytest.raises(CorpusError, match=r"rows.jsonl, line 6: .*5.png.*may be readable later"):
+        build(JsonlSource(path), tmp_path / "made", rows_per_shard=3, refused_share=0.5)
+    image.rmdir()
+    image.write_bytes(data)
+    assert build(JsonlSource(path), tmp_path / "made", rows_per_shard=3).read == 9
+    assert [TfdsSource(tmp_path / "made")[i].caption for i in range(9)] == [str(i) for i in range(9)]
+
+
 def files(directory):
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
@@ -67,7 +121,7 @@ def test_an_interrupted_build_goes_on_and_ends_alike(tmp_path, write_rows, monke
     def interrupted(*arguments):
         made.append(arguments[-1])
         if len(made) == 3:
-            (tmp_path / "parts" / ".unfinished" / "samples-train.array_record-00002-of-00005").write_bytes(b"half")
+            (tmp_path / "parts" / "samples-train.array_record-00002-of-00005.partial").write_bytes(b"half")
             raise KeyboardInterrupt
         return write_shard(*arguments)
 
@@ -196,6 +250,24 @@ def test_damaged_records_and_strange_tasks_are_refused(tmp_path, write_rows):
         except Refused as refused:
             causes.append(refused.cause)
     assert len(causes) == 1 and causes[0] in (Cause.UNREADABLE_RECORD, Cause.UNKNOWN_TASK)
+
+
+def test_a_damaged_record_is_refused_and_a_failed_read_is_an_error(tmp_path, write_rows):
+    build(JsonlSource(write_rows(6)), tmp_path / "made", rows_per_shard=3)
+    first, second = sorted((tmp_path / "made").glob("*.array_record*"))
+    data = bytearray(first.read_bytes())
+    at = data.index(b"generate")
+    data[at : at + 8] = b"nonsense"
+    first.write_bytes(data)
+    second.rename(tmp_path / "away")
+    source = TfdsSource(tmp_path / "made")
+    with pytest.raises(Refused, match="00000-of-00002 can't be read: Corrupted") as refused:
+        source[0]
+    assert refused.value.cause is Cause.UNREADABLE_RECORD and source[1].caption == "1"
+    with pytest.raises(CorpusError, match=r"made\[train\], example 4: .*00001-of-00002 can't be read: .*No such file"):
+        source[4]
+    (tmp_path / "away").rename(second)  # it was transient
+    assert TfdsSource(tmp_path / "made")[4].caption == "4"
 
 
 def test_conversations_become_samples_of_their_own(tmp_path, encoded):

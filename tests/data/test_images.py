@@ -1,12 +1,13 @@
 """Image decoding and fitting, against Pillow's plain operations and hand-written files."""
 
+import errno
 import io
 import struct
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, JpegImagePlugin, PngImagePlugin
 
 from unialign_jax.data import images
 from unialign_jax.data.samples import Cause, Refused
@@ -27,12 +28,13 @@ def encode(image, format="PNG", **options):
     return buffer.getvalue()
 
 
+def chunk(kind, data):
+    """Of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def png(width, height, depth, colour_type, raw=b""):
     """A PNG written by hand, unfiltered rows of big-endian samples."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
 
@@ -61,6 +63,61 @@ def test_exif_orientation_is_undone(photo, orientation):
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     np.testing.assert_array_equal(decoded(data), np.asarray(expected))
     assert images.decode(data).size == ((61, 37) if orientation < 5 else (37, 61))
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 7, 9])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "JPEG2000"])
+def test_the_measured_size_is_that_of_the_decoded_image(photo, tmp_path, format, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(photo, format, exif=exif)
+    height, width = images.decode(data).size[::-1]
+    assert images.upright_size(data) == (height, width)
+    turned = orientation in (6, 7) and format in ("JPEG", "PNG", "WEBP", "TIFF")  # the others hold no EXIF
+    assert (height, width) == ((61, 37) if turned else (37, 61))
+    (tmp_path / "file").write_bytes(data)
+    assert images.upright_size(str(tmp_path / "file")) == (height, width)
+
+
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+def test_an_orientation_behind_the_pixels_of_a_png_is_found(photo, monkeypatch):
+    decodings = []
+    load = PngImagePlugin.PngImageFile.load
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda self: decodings.append(1) or load(self))
+    data, end = encode(photo)[:-12], encode(photo)[-12:]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    text = (b"tEXt", b"date:create\0" + b"2024-01-01")
+    for behind, turned in [
+        ([], False),
+        ([text], False),
+        ([text, (b"eXIf", exif.tobytes())], True),
+        ([(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP)], True),
+    ]:
+        file = data + b"".join(chunk(*content) for content in behind) + end
+        decodings.clear()
+        assert images.upright_size(file) == ((61, 37) if turned else (37, 61))
+        assert bool(decodings) == turned  # all others are measured by their chunks' headers
+        assert images.upright_size(file) == images.decode(file).size[::-1]
+        assert images.upright_size(file[:-40]) in ((61, 37), (37, 61))
+
+
+def test_a_tiff_whose_orientation_is_in_its_xmp(photo):
+    data = encode(photo, "TIFF", tiffinfo={700: XMP})
+    assert images.decode(data).size == (37, 61) and images.upright_size(data) == (61, 37)
+
+
+def test_a_read_that_fails_is_no_fault_of_the_image(photo, tmp_path, monkeypatch):
+    (tmp_path / "a.jpg").write_bytes(encode(photo, "JPEG"))
+
+    def broken(self, fp, filename=None):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "__init__", broken)
+    refused = refusal(images.upright_size, str(tmp_path / "a.jpg"))
+    assert refused.cause is Cause.UNREADABLE_IMAGE and "a.jpg': Input/output error" in refused.detail
 
 
 def test_a_broken_exif_block_does_not_lose_the_image(photo):

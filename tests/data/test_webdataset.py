@@ -5,11 +5,16 @@ import json
 import pickle
 import tarfile
 
+import numpy as np
 import pytest
 
+from unialign_jax.data import images
+from unialign_jax.data.build import build
 from unialign_jax.data.report import CorpusError
 from unialign_jax.data.samples import Cause, Refused, Sample
+from unialign_jax.data.tfds_source import TfdsSource
 from unialign_jax.data.webdataset import TarSource
+from unialign_jax.sampling.outputs import encode_png
 
 
 def write(path, members):
@@ -39,6 +44,38 @@ def test_samples_of_several_tars_by_index(tmp_path, encoded):
     assert source[1] == Sample("generate", images[1], caption="b", instruction="b")
     assert [source.place(i) for i in range(3)] == ["a.tar, ./x/0", "a.tar, ./x/1", "b.tar, 2"]
     assert TarSource(tmp_path / "a.tar", "caption")[0].task == "caption"
+
+
+def test_metadata_beside_a_caption_is_no_row(tmp_path, encoded):
+    image, caption = encode_png(np.full((8, 10, 3), 7, np.uint8), {"seed": 3}), "a cat"
+    metadata = {"url": "https://a.b/c.jpg", "caption": "a cat", "key": "0", "width": 10, "image": "c.jpg"}
+    row = {"image": ["2.png"], "question": "what is it?", "answer": "a cat"}
+    write(tmp_path / "a.tar", [("0.jpg", image), ("0.txt", b"a cat"), ("0.json", json.dumps(metadata).encode()),
+                               ("1.png", image), ("1.txt", b"a cat"), ("1.json", b"{broken"),
+                               ("2.png", image), ("2.txt", b"a cat"), ("2.json", json.dumps(row).encode()),
+                               ("3.png", image), ("3.json", json.dumps(metadata).encode())])  # fmt: skip
+    source = TarSource(tmp_path / "a.tar")
+    assert source[0] == Sample("generate", image, caption=caption, instruction=caption)
+    assert source[2] == Sample("answer", image, question="what is it?", answer="a cat")
+    for index, cause in ((1, Cause.MALFORMED_JSON), (3, Cause.MISSING_IMAGE)):
+        with pytest.raises(Refused) as caught:
+            source[index]
+        assert caught.value.cause is cause
+
+
+def test_what_sampling_writes_can_be_trained_on(tmp_path):
+    """As `sampling.outputs` makes it: an image, its metadata and its prompt."""
+    members = []
+    for i in range(3):
+        metadata = {"index": i, "prompt": f"a ünicorn {i}", "images": ["a.png"] * i, "seed": i, "task": "generate"}
+        members += [(f"{i:09d}.png", encode_png(np.full((8, 10, 3), i, np.uint8), metadata)),
+                    (f"{i:09d}.json", json.dumps(metadata, ensure_ascii=False).encode()),
+                    (f"{i:09d}.txt", metadata["prompt"].encode())]  # fmt: skip
+    write(tmp_path / "shard-000000000-000000003.tar", members)
+    assert not build(TarSource(tmp_path), tmp_path / "made").refused
+    made = TfdsSource(tmp_path / "made")
+    assert [made[i].caption for i in range(3)] == [f"a ünicorn {i}" for i in range(3)]
+    assert [images.load(made[i].target, 8, 10).max() for i in range(3)] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

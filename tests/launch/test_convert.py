@@ -53,9 +53,10 @@ def test_a_training_run_becomes_a_pytorch_directory(convert, stage, tmp_path):
     assert Tokenizer.load(tmp_path / "torch/tokenizer").vocab_size == 40
 
 
-def test_the_parameters_themselves_and_the_comparison_with_pytorch(convert, stage, tmp_path):
+def test_the_parameters_themselves_and_the_comparison_with_pytorch(convert, stage, tmp_path, monkeypatch):
     directory, average = stage
-    done = convert(to="torch", source=directory, target=tmp_path / "torch", average=False, check=True, steps=2)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = convert(to="torch", source=directory, target="~/torch", average=False, check=True, steps=2)
     assert done.returncode == 0, done.stderr
     written = load_torch(tmp_path / "torch/transformer", "transformer")
     assert not np.array_equal(written["text_head"]["bias"], average["transformer"]["text_head"]["bias"])
@@ -74,6 +75,10 @@ def test_the_parameters_themselves_and_the_comparison_with_pytorch(convert, stag
         ),
         ({"to": "onnx", "source": "a", "target": "t"}, "should be one of <jax|torch>"),
         ({"to": "jax", "source": "a"}, "--target"),
+        (
+            {"to": "jax", "source": "tests/golden", "target": "gs://bucket/t"},
+            "target gs://bucket/t: weights are converted on local disks; give a local directory, and copy that after",
+        ),
     ],
 )
 def test_errors_are_one_line(convert, flags, message):
@@ -81,7 +86,7 @@ def test_errors_are_one_line(convert, flags, message):
     assert run.returncode == 1
     assert message in run.stderr and "Traceback" not in run.stderr
     assert len(run.stderr.strip().splitlines()) == 1
-    assert not (ROOT / "t").exists()
+    assert not (ROOT / "t").exists() and not (ROOT / "gs:").exists()
 
 
 def test_help(convert):

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -78,7 +79,7 @@ def test_images_carry_their_prompt_and_are_those_of_the_pipeline(run, stage, tmp
         image = Image.open(tmp_path / f"out/{i:03d}.png")
         np.testing.assert_allclose(np.int32(image), np.int32(expected), atol=1)
         assert image.text["prompt"] == there[i] and image.text["seed"] == str(7 + i) and image.text["steps"] == "2"
-        assert image.text["checkpoint"] == str(stage[0])
+        assert image.text["checkpoint"] == str(stage[0] / "checkpoints" / "3") and image.text["guidance"] == "7.0"
     assert Image.open(tmp_path / "out/grid.png").size == (33, 33)
 
 
@@ -131,6 +132,41 @@ def test_shards(run, pictures, tmp_path):
         records += ArrayRecordReader(str(shard)).read_all()
     assert records == expected
     assert Image.open(io.BytesIO(records[3])).text["index"] == "3"
+
+
+@pytest.mark.parametrize("name", ["array_record", "webdataset"])
+def test_a_request_from_flags_as_shards(run, tmp_path, name):
+    result = run(prompt="a red square", count=5, format=name, shard_rows=4)
+    extension = {"array_record": "array_record", "webdataset": "tar"}[name]
+    files = [str(tmp_path / f"out/shard-{a:09d}-{b:09d}.{extension}") for a, b in ((0, 4), (4, 5))]
+    assert list(result.shown) == files == [str(path) for path in sorted((tmp_path / "out").glob(f"*.{extension}"))]
+
+
+def test_a_run_goes_on_with_the_step_that_it_began_with(stage, tmp_path):
+    """Though the training run has saved another since."""
+    shutil.copytree(stage[0], tmp_path / "stage")
+    checkpoints = tmp_path / "stage" / "checkpoints"
+
+    def make(output):
+        job = {"options": FEW, "dtype": "float32", "batch": 4, "progress": False, "prompt": "a red square", "count": 8}
+        sampling.sample(sampling.Job(tmp_path / "stage", "generate", tmp_path / output, **job))
+        return contents(tmp_path / output)
+
+    whole = make("out")
+    for i in range(4, 8):
+        (tmp_path / f"out/{i:03d}.png").unlink()
+    shutil.copytree(checkpoints / "3", checkpoints / "4")
+    assert make("out") == whole
+    assert Image.open(tmp_path / "out/007.png").text["checkpoint"] == str(checkpoints / "3")
+    make("later")
+    assert Image.open(tmp_path / "later/007.png").text["checkpoint"] == str(checkpoints / "4")
+
+
+def test_a_run_of_which_nothing_can_be_made_fails(run, pictures, tmp_path):
+    file = jsonl(pictures / "none.jsonl", [{"image": "nowhere.png"}, {"image": "broken.png", "prompt": "not needed"}])
+    with pytest.raises(ValueError, match="not one of 2 rows could be made"):
+        run("caption", prompts=file)
+    assert "broken.png" in (tmp_path / "out/shard-000000000-000000002.errors.jsonl").read_text()
 
 
 def test_texts(run, stage, pictures, tmp_path, capsys):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unialign_jax import convert, pretrained
+from unialign_jax import convert, exports, pretrained
 from unialign_jax.checkpoints import Checkpoints
 from unialign_jax.data import scenes
 from unialign_jax.data.schedule import next_stream
@@ -139,7 +139,7 @@ def test_a_recipe_interrupted_at_every_step_ends_the_same(finished, corpus, tmp_
 
 
 def test_a_runs_weights_alone_are_the_same_model(finished, tmp_path):
-    report = pretrained.export(finished / "unify", tmp_path / "weights", progress=False)
+    report = exports.to_jax(finished / "unify", tmp_path / "weights", progress=False)
     run, alone = (pretrained.load(path, dtype="float32") for path in (finished / "unify", tmp_path / "weights"))
     assert_identical(alone.params, run.params)
     for name in ("text_length", "size", "shift", "protocol"):
@@ -155,9 +155,9 @@ def test_a_runs_weights_alone_are_the_same_model(finished, tmp_path):
     )
     assert sorted(report.sizes) == ["text_encoder", "transformer"]
     with pytest.raises(ValueError, match="already; copy it"):
-        pretrained.export(tmp_path / "weights", tmp_path / "again")
+        exports.to_jax(tmp_path / "weights", tmp_path / "again")
     with pytest.raises(ValueError, match="weights exists and is not empty"):
-        pretrained.export(finished / "unify", tmp_path / "weights")
+        exports.to_jax(finished / "unify", tmp_path / "weights")
 
 
 def test_a_stage_told_to_stop_is_not_followed_by_the_next(corpus, tmp_path, monkeypatch):

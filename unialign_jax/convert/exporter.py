@@ -11,7 +11,7 @@ from flax import traverse_util
 
 from unialign_jax.convert import configs, names, store, tensors, workspace
 from unialign_jax.convert.errors import ConversionError
-from unialign_jax.convert.importer import Report
+from unialign_jax.convert.importer import Report, local_path
 from unialign_jax.convert.names import Row
 from unialign_jax.convert.tensors import MadeTensor, Tensor
 
@@ -27,7 +27,7 @@ _FILES = {
 
 
 class Leaf(Protocol):
-    """An array of which parts can be read: NumPy's, JAX's, or `store.StoredLeaf`."""
+    """An array of which parts can be read: NumPy's, JAX's, `store.StoredLeaf`, or what a run's export reads later."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -39,8 +39,8 @@ class Leaf(Protocol):
 
 
 def to_torch(
-    source: str | pathlib.Path,
-    target: str | pathlib.Path,
+    source: epath.PathLike,
+    target: epath.PathLike,
     *,
     shard_size: int = SHARD_SIZE,
     progress: bool = True,
@@ -48,16 +48,16 @@ def to_torch(
     """Writes a converted directory as a public pipeline directory, in memory for a few of the largest tensors.
 
     Args:
-      source: a converted directory.
-      target: a directory that does not exist or is empty.
+      source: a local converted directory.
+      target: a local directory that does not exist or is empty.
       shard_size: largest number of bytes in one safetensors file.
       progress: whether to show a progress bar on standard error.
 
     Raises:
       ConversionError: if the source is not a converted directory or is damaged. No target is left.
     """
-    source = pathlib.Path(source)
-    workspace.check_target(pathlib.Path(target))
+    source, target = local_path(source, "source"), local_path(target, "target")
+    workspace.check_target(target)
     model = store.read_config(source)
     networks = {name: store.open_network(source, name) for name in names.NETWORKS if model.get(name)}
     return write_torch(
@@ -74,7 +74,7 @@ def to_torch(
 def write_torch(
     model: Mapping[str, Any],
     networks: Mapping[str, Mapping[str, Any]],
-    target: str | pathlib.Path,
+    target: epath.PathLike,
     *,
     tokenizer: epath.Path | pathlib.Path | None = None,
     teacher_tokenizer: epath.Path | pathlib.Path | None = None,
@@ -95,7 +95,7 @@ def write_torch(
     Raises:
       ConversionError: listing the networks and arrays that are missing, extra, misshapen, or of another dtype.
     """
-    target = pathlib.Path(target)
+    target = local_path(target, "target")
     networks = {network: params for network, params in networks.items() if params}
     parts = [*networks, *(["pixel_codec"] if model.get("pixel_codec") else [])]
     exports = {}
@@ -138,18 +138,18 @@ def write_torch(
 def write_jax(
     model: Mapping[str, Any],
     networks: Mapping[str, Mapping[str, Any]],
-    target: str | pathlib.Path,
+    target: epath.PathLike,
     *,
     sampling: Mapping[str, Any],
     tokenizer: epath.Path | pathlib.Path,
     progress: bool = True,
 ) -> Report:
-    """Writes networks in memory as a converted directory.
+    """Writes networks as a converted directory, each read when its turn comes.
 
     Args:
       model: config fields as `networks.build_networks` takes them.
-      networks: network -> nested parameters; without those of a pixel codec.
-      target: a directory that does not exist or is empty.
+      networks: network -> parameters, nested or by "/"-joined path; leaves are `Leaf`s. A pixel codec has none.
+      target: a local directory that does not exist or is empty.
       sampling: what a sampler takes where it is told nothing else, see `store.read_config`.
       tokenizer: directory to copy the tokenizer's files from.
       progress: whether to show a progress bar on standard error.
@@ -157,18 +157,20 @@ def write_jax(
     Raises:
       ConversionError: the target is not free, or a network's arrays are not those that its fields describe.
     """
-    target = pathlib.Path(target)
+    target = local_path(target, "target")
     leaves = {network: traverse_util.flatten_dict(params, sep="/") for network, params in networks.items() if params}
     parts = [*leaves, *(["pixel_codec"] if model.get("pixel_codec") else [])]
     fields = {part: configs.with_defaults(part, model[part]) for part in parts}
     for network, arrays in leaves.items():
         if problems := _problems(names.table(network, fields[network]), arrays):
             raise ConversionError(f"{target} cannot be written: {network}: {'; '.join(problems)}")
-    sizes = {network: sum(array.nbytes for array in arrays.values()) for network, arrays in leaves.items()}
+    sizes = {network: sum(map(tensors.nbytes, arrays.values())) for network, arrays in leaves.items()}
     total = sum(sizes.values())
     with workspace.new_directory(target, total) as partial, workspace.progress_bar(total, progress) as bar:
         for network, arrays in leaves.items():
-            store.save_network(partial / network, {path: store.Stream.of(array) for path, array in arrays.items()})
+            streams = {path: store.Stream.of(array[...]) for path, array in arrays.items()}
+            store.save_network(partial / network, streams)
+            del streams  # which holds the network while the next one is read
             bar.update(sizes[network])
         workspace.copy_tokenizer(tokenizer, partial / "tokenizer")
         facts = {

@@ -9,9 +9,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from flax import traverse_util
 from tokenizers import Tokenizer
 
+from unialign_jax import storage
 from unialign_jax.convert import configs, names, sources, store, workspace
 from unialign_jax.convert.errors import ConversionError
 from unialign_jax.convert.load import read_part
@@ -50,20 +52,36 @@ class Report:
         return "\n".join([*lines, f"wrote {self.target}"])
 
 
+def local_path(path: epath.PathLike, what: str) -> pathlib.Path:
+    """A path of a conversion without `~`. Links are kept: what one leads to may be named otherwise (download caches).
+
+    Args:
+      path: as the caller gave it.
+      what: what it is for: "target", or the name of something that is read.
+
+    Raises:
+      ConversionError: it is in an object store.
+    """
+    if storage.is_remote(path):
+        advice = "give a local directory, and copy that afterwards" if what == "target" else "copy it here first"
+        raise ConversionError(f"{what} {path}: weights are converted on local disks; {advice}")
+    return pathlib.Path(path).expanduser()
+
+
 def to_jax(
-    source: str | pathlib.Path,
-    target: str | pathlib.Path,
+    source: epath.PathLike,
+    target: epath.PathLike,
     *,
-    mask_token: str | pathlib.Path | None = None,
-    teacher: str | pathlib.Path | None = None,
+    mask_token: epath.PathLike | None = None,
+    teacher: epath.PathLike | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Report:
     """Converts a public pipeline directory. Memory holds a few of the largest tensor, whatever the size of the whole.
 
     Args:
-      source: a UniAlignment or D-DiT pipeline, or a plain SD3 one (with its `text_encoder_3`); what the latter two lack
-        is initialised, see `completion`.
+      source: local, as all paths here: a UniAlignment or D-DiT pipeline, or a plain SD3 one (with its
+        `text_encoder_3`); what the latter two lack is initialised, see `completion`.
       target: a directory that does not exist or is empty.
       mask_token: `.pth` file of the mask token's learned embedding, which takes its row of the text encoder's table.
       teacher: a whole Qwen2.5-VL, of which the vision tower and the embedding table are taken. By default the
@@ -74,10 +92,12 @@ def to_jax(
     Raises:
       ConversionError: if anything of the source is missing, not understood, or cannot be honoured. No target is left.
     """
-    source, target = pathlib.Path(source), pathlib.Path(target)
+    source, target = local_path(source, "source"), local_path(target, "target")
+    mask_token = None if mask_token is None else local_path(mask_token, "mask_token")
+    teacher = None if teacher is None else local_path(teacher, "teacher")
     workspace.check_target(target)
-    folders = _Folders.find(source, None if teacher is None else pathlib.Path(teacher))
-    components = _open(folders, None if mask_token is None else pathlib.Path(mask_token), seed)
+    folders = _Folders.find(source, teacher)
+    components = _open(folders, mask_token, seed)
     sources.raise_problems(list(components.values()))
     model = _model(folders, components)
     sizes = {network: _written_bytes(part) for network, part in components.items()}
@@ -128,14 +148,14 @@ class PublicPipeline:
         return traverse_util.unflatten_dict(leaves, sep="/")
 
 
-def open_pipeline(source: str | pathlib.Path) -> PublicPipeline:
-    """Opens a public pipeline directory, as `to_jax` does, without writing anything.
+def open_pipeline(source: epath.PathLike) -> PublicPipeline:
+    """Opens a local public pipeline directory, as `to_jax` does, without writing anything.
 
     Raises:
       ConversionError: see `to_jax`. Also for SD3 and D-DiT directories that lack tensors: a model can't be sampled with
         parts that were drawn.
     """
-    source = pathlib.Path(source)
+    source = local_path(source, "public pipeline directory")
     folders = _Folders.find(source, None)
     components = _open(folders, None, 0)
     sources.raise_problems(list(components.values()))

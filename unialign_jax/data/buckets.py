@@ -3,13 +3,14 @@
     python -m unialign_jax.data.buckets --source=PATH [--format=...]
 
 measures the images of a source beforehand, from their headers, and keeps the sizes in a file beside it. Training does
-that itself where the file is missing, but then every host does.
+that itself where the file is missing, on one host while the others wait.
 """
 
 import concurrent.futures
 import io
 import json
 import math
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,8 +18,10 @@ import tqdm
 from absl import app, flags, logging
 from etils import epath
 
+from unialign_jax import agreement, storage
 from unialign_jax.data import images
-from unialign_jax.data.samples import Refused
+from unialign_jax.data.report import CorpusError
+from unialign_jax.data.samples import Cause, Refused
 from unialign_jax.data.sources import FORMATS, Source, SourceConfig, open_source
 
 _THREADS = 16
@@ -73,10 +76,39 @@ def divide(measured: np.ndarray, sizes: Sequence[tuple[int, int]], least: int) -
         del sizes[int(counts.argmin())]
 
 
-def target_sizes(source: Source) -> np.ndarray:
+def agreed_sizes(source: Source) -> np.ndarray:
+    """`target_sizes`, the same in all processes of a run, which call it together: the order of all rows rests on them.
+
+    Process 0 measures and keeps what it has found, for the others to read.
+
+    Raises:
+      CorpusError: see `target_sizes`; or a process that does not see what process 0 has kept found other sizes.
+    """
+    measured = []
+    agreement.primary(lambda: measured.append(target_sizes(source)), CorpusError)
+    # Where they can't read it, they measure too; only one of them could write the file.
+    sizes = agreement.everywhere(lambda: measured[0] if measured else target_sizes(source, keep=False), CorpusError)
+    sums = agreement.gather(zlib.crc32(sizes.astype("<i4").tobytes()))
+    if len(set(sums)) > 1:
+        first = next(index for index, checksum in enumerate(sums) if checksum != sums[0])
+        raise CorpusError(
+            f"{source.path}: the images have other sizes in process {first} than in process 0. Give all hosts the same "
+            f"files and {source.sizes_path}, which python -m unialign_jax.data.buckets makes"
+        )
+    return sizes
+
+
+def target_sizes(source: Source, *, keep: bool = True) -> np.ndarray:
     """Height and width of every row's target, int32 `[rows, 2]`; 0 where the row can't be used.
 
     They are read from the images' headers once, and kept in `source.sizes_path`.
+
+    Args:
+      source: whose.
+      keep: whether sizes that had to be measured are kept.
+
+    Raises:
+      CorpusError: an image is there and can't be read. Later it may be, and would then belong into another bucket.
     """
     path = epath.Path(source.sizes_path)
     if path.exists():
@@ -97,6 +129,8 @@ def target_sizes(source: Source) -> np.ndarray:
         for rows, part in zip(chunks, pool.map(measure, chunks), strict=True):
             sizes[rows.start : rows.stop] = part
             bar.update(len(rows))
+    if not keep:
+        return sizes
     try:
         save_sizes(path, source.fingerprint(), sizes)
     except OSError as error:
@@ -108,16 +142,20 @@ def save_sizes(path: epath.Path, fingerprint: dict, sizes: np.ndarray) -> None:
     """Writes what `target_sizes` reads, all at once."""
     content = io.BytesIO()
     np.savez_compressed(content, fingerprint=json.dumps(fingerprint), sizes=sizes)
-    begun = path.with_name(path.name + ".incomplete")
-    begun.write_bytes(content.getvalue())
-    begun.rename(path)
+    storage.write_whole(path, content.getvalue())
 
 
 def _measure(source: Source, row: int) -> tuple[int, int]:
     try:
         return images.upright_size(source[row].target)
-    except Refused:  # counted and named when the row is read
-        return 0, 0
+    except Refused as refused:
+        if refused.cause == Cause.UNREADABLE_IMAGE:
+            raise CorpusError(
+                f"{source.path}, {source.place(row)}: {refused.detail}. What can't be read now may be readable later, "
+                "and its size decides where it stands in the order: see to the file, or take the row out, and start "
+                "again"
+            ) from refused
+        return 0, 0  # counted and named when the row is read
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,10 +1,12 @@
 """Any source -> a TFDS dataset in ArrayRecord shards: in parallel, and taken up again where it was interrupted.
 
 A finished dataset holds usable rows only: every image was decoded once, and what can't be used is named in
-`refused.json`. Images are stored as the bytes of their files; the sizes of the targets stand beside the shards.
+`refused.json`. What merely can't be read now ends the work: it would be left out for good. Images are stored as the
+bytes of their files; the sizes of the targets stand beside the shards.
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import itertools
 import json
@@ -20,10 +22,11 @@ from array_record.python import array_record_module
 from etils import epath
 from tensorflow_datasets.core import example_serializer
 
+from unialign_jax import storage
 from unialign_jax.data import images
 from unialign_jax.data.buckets import save_sizes
-from unialign_jax.data.report import Report
-from unialign_jax.data.samples import Refused, Sample
+from unialign_jax.data.report import CorpusError, Report
+from unialign_jax.data.samples import Cause, Refused, Sample
 from unialign_jax.data.sources import Source
 from unialign_jax.data.tfds_source import TfdsSource
 
@@ -72,7 +75,7 @@ def build(
       The account of the rows; it is also in the dataset's `refused.json`.
 
     Raises:
-      CorpusError: too many rows can't be used.
+      CorpusError: too many rows can't be used, or something can't be read that is there.
       ValueError: the directory holds something else, or an argument is out of its range.
     """
     if rows_per_shard < 1 or processes < 1:
@@ -118,7 +121,7 @@ def _begin(directory: epath.Path, plan: dict[str, Any]) -> None:
                 )
     else:
         work.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(plan))
+        storage.write_whole(path, json.dumps(plan).encode())
 
 
 def _run(write: functools.partial, source: Source, shards: list[int], processes: int) -> Iterator[dict[str, Any]]:
@@ -158,28 +161,30 @@ def _write_shard(
 ) -> dict[str, Any]:
     """Writes one shard and then its account, which says that the shard is complete."""
     folder = epath.Path(directory)
-    path = folder / _shard_name(name, shard, shards)
-    begun = folder / _WORK / path.name
     serializer = example_serializer.ExampleSerializer(FEATURES.get_serialized_info())
-    writer = array_record_module.ArrayRecordWriter(str(begun), _WRITER_OPTIONS)
     sizes, refusals, size = [], [], 0
-    for row in range(shard * rows_per_shard, min((shard + 1) * rows_per_shard, len(source))):
-        try:
-            example, target_size = _example(source[row])
-        except Refused as refused:
-            refusals.append((row, source.place(row), str(refused.cause), refused.detail))
-            continue
-        record = serializer.serialize_example(FEATURES.encode_example(example))
-        writer.write(record)
-        sizes.append(target_size)
-        size += len(record)
-    writer.close()
-    begun.replace(path)
+    with (
+        storage.whole_file(folder / _shard_name(name, shard, shards)) as file,
+        contextlib.closing(array_record_module.ArrayRecordWriter(file, _WRITER_OPTIONS)) as writer,
+    ):
+        for row in range(shard * rows_per_shard, min((shard + 1) * rows_per_shard, len(source))):
+            try:
+                example, target_size = _example(source[row])
+            except Refused as refused:
+                if refused.cause == Cause.UNREADABLE_IMAGE:
+                    raise CorpusError(
+                        f"{source.path}, {source.place(row)}: {refused.detail}. What can't be read now may be readable "
+                        "later, and the dataset would leave it out for good: see to the file, or take the row out, "
+                        "and start again"
+                    ) from refused
+                refusals.append((row, source.place(row), str(refused.cause), refused.detail))
+                continue
+            record = serializer.serialize_example(FEATURES.encode_example(example))
+            writer.write(record)
+            sizes.append(target_size)
+            size += len(record)
     account = {"rows": len(sizes), "bytes": size, "sizes": sizes, "refusals": refusals}
-    done = _account_path(folder, shard)
-    unnamed = done.with_suffix(".begun")
-    unnamed.write_text(json.dumps(account))
-    unnamed.replace(done)
+    storage.write_whole(_account_path(folder, shard), json.dumps(account).encode())
     return account
 
 

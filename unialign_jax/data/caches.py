@@ -24,11 +24,11 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from array_record.python import array_record_data_source
 from etils import epath
 
 from unialign_jax.data.report import CorpusError
 from unialign_jax.data.samples import Cause, Refused, Sample
+from unialign_jax.data.shards import DamagedShard, Shards
 from unialign_jax.data.sources import Source
 
 # Part -> the arrays of `batch.Batch` that it provides.
@@ -202,7 +202,7 @@ class Cache:
                 "launch/precompute.py command makes them"
             )
         self._source, self._rows = source, rows
-        self._records = array_record_data_source.ArrayRecordDataSource(
+        self._records = Shards(
             [
                 _Shard(str(path / self.description.shard_name(shard)), len(self.description.shard_rows(shard)))
                 for shard in range(self.description.shards)
@@ -224,11 +224,9 @@ class Cache:
         index = int(np.searchsorted(self._rows, row))
         try:
             content = self._records[index]
-        except (RuntimeError, ValueError, IndexError) as error:
-            shard = self.description.shard_name(index // self.description.rows_per_shard)
+        except DamagedShard as error:
             raise CorpusError(
-                f"{self.path / shard} can't be read: {error}. If it is damaged, remove this file, and the same "
-                "launch/precompute.py command makes it again"
+                f"{error}; remove this file, and the same launch/precompute.py command makes it again"
             ) from error
         if content[:_DIGEST] != digest(sample, self._source):
             raise CacheMismatch(

@@ -5,8 +5,9 @@ whole images are refused by cause, never completed with guesses.
 """
 
 import contextlib
+import functools
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO
 
 import numpy as np
@@ -34,7 +35,13 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_TURNED = (5, 6, 7, 8)  # those that exchange height and width
 _CUT_SHORT = ("truncated", "not enough", "eof", "end of file")
+_TIFF_WIDTH, _TIFF_HEIGHT = 256, 257
+_PNG_SIGNATURE_BYTES = 8
+# The texts of a PNG in which Pillow looks for an orientation, besides its chunk of EXIF.
+_PNG_KEYWORDS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0", b"xmp\0")
+_LONGEST_KEYWORD = max(map(len, _PNG_KEYWORDS))
 
 
 def load(source: str | bytes, height: int, width: int) -> np.ndarray:
@@ -61,16 +68,24 @@ def checked(source: str | bytes) -> bytes:
 
 
 def upright_size(source: str | bytes) -> tuple[int, int]:
-    """Height and width in pixels of the image that `decode` would make, from the file's header alone.
+    """Height and width in pixels of the image that `decode` would make, with no pixel decoded if it can be helped.
+
+    Only a PNG with EXIF or XMP behind its pixels is decoded.
 
     Raises:
-      Refused: there is no such file, or it does not begin like an image.
+      Refused: there is no such file, it can't be read, or it does not begin like an image.
     """
     with io.BytesIO(source) if isinstance(source, bytes) else _open(source) as file, _named(source):
         image = _header(file)
-        width, height = image.size
-        # Pillow reads a PNG to its end in search of an orientation that is not in its header.
-        turned = image.format != "PNG" and _orientation(image) >= 5
+        if image.format == "TIFF":  # whose size Pillow, in some versions, has turned already
+            width, height = image.tag_v2[_TIFF_WIDTH], image.tag_v2[_TIFF_HEIGHT]
+        else:
+            width, height = image.size
+        getexif = image.getexif
+        if image.format == "PNG" and not _has_exif_behind_pixels(file):
+            # The reader of PNG would decode the image, in search of what is not there.
+            getexif = functools.partial(Image.Image.getexif, image)
+        turned = _orientation(getexif) in _TURNED
     return (width, height) if turned else (height, width)
 
 
@@ -114,7 +129,7 @@ def decode(data: bytes) -> Image.Image:
         raise Refused(Cause.IMAGE_TOO_LARGE, f"{width} x {height} is over the limit of {MAX_PIXELS} pixels")
     try:
         image.load()
-        upright = _UPRIGHT.get(_orientation(image))
+        upright = _UPRIGHT.get(_orientation(image.getexif))
         return to_rgb(image if upright is None else image.transpose(upright))
     except (Refused, MemoryError):
         raise
@@ -178,17 +193,40 @@ def _header(file: IO[bytes]) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers raise nearly anything on bytes they don't understand
+        if _is_failed_read(error):
+            raise
         size = file.seek(0, io.SEEK_END)
         if start.startswith(_SIGNATURES):
             raise Refused(Cause.CORRUPT_IMAGE, f"{size} bytes with a header that is cut short or broken") from error
         raise Refused(Cause.NOT_AN_IMAGE, f"{size} bytes that are none of {', '.join(FORMATS)}") from error
 
 
-def _orientation(image: Image.Image) -> int:
+def _orientation(getexif: Callable[[], Image.Exif]) -> int:
     try:
-        return int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception:  # a broken EXIF block, on which Pillow raises nearly anything, does not spoil the pixels
+        return int(getexif().get(_ORIENTATION_TAG, 1))
+    except Exception as error:  # a broken EXIF block, on which Pillow raises nearly anything, does not spoil the pixels
+        if _is_failed_read(error):
+            raise
         return 1
+
+
+def _has_exif_behind_pixels(file: IO[bytes]) -> bool:
+    """Whether what may hold an orientation stands behind the pixels of a PNG. Leaves the file where it was."""
+    position, found, pixels = file.tell(), False, False
+    file.seek(_PNG_SIGNATURE_BYTES)
+    while len(head := file.read(8)) == 8 and not found:
+        length, kind = int.from_bytes(head[:4]), head[4:]
+        begin = file.read(min(length, _LONGEST_KEYWORD))
+        pixels |= kind == b"IDAT"
+        found = pixels and (kind == b"eXIf" or begin.startswith(_PNG_KEYWORDS))
+        file.seek(length - len(begin) + 4, io.SEEK_CUR)  # 4: the checksum
+    file.seek(position)
+    return found
+
+
+def _is_failed_read(error: Exception) -> bool:
+    """Whether the system has raised it: Pillow's own errors of that class, about what it has read, have no number."""
+    return isinstance(error, OSError) and error.errno is not None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

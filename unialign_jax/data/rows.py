@@ -25,6 +25,8 @@ from unialign_jax.data.samples import Cause, Image, Refused, Sample
 Find = Callable[[str], Image]
 _ASKS, _ANSWERS = ("human", "user"), ("gpt", "assistant")
 _PLACEHOLDER = "<image>"
+_IMAGE_KEYS = {"image", "original_images", "generated_images"}
+_TEXT_KEYS = {"conversations", "instruction", "question", "answer", "edit_prompt"}
 
 
 def parse_row(line: bytes, task: str | None, find: Find) -> Sample:
@@ -56,6 +58,19 @@ def parse_row(line: bytes, task: str | None, find: Find) -> Sample:
         return Sample(task, target, question=_text(row, "question"), answer=_text(row, "answer"))
     caption = _turn_text(_turns(row), 0)
     return Sample(task, target, caption=caption, instruction=caption)
+
+
+def is_row(line: bytes) -> bool:
+    """Whether a JSON object is meant as a row in a published form: it names images, and has a text of such a row.
+
+    Args:
+      line: UTF-8.
+
+    Raises:
+      Refused: it is no JSON object.
+    """
+    keys = _object(line).keys()
+    return bool(keys & _IMAGE_KEYS) and bool(keys & _TEXT_KEYS)
 
 
 def parse_conversation(line: bytes, task: str | None, pair: int, find: Find) -> Sample:

@@ -10,7 +10,7 @@ import grain
 import numpy as np
 
 from unialign_jax.data.arrays import Preparation
-from unialign_jax.data.buckets import divide, target_sizes
+from unialign_jax.data.buckets import agreed_sizes, divide
 from unialign_jax.data.caches import Caches
 from unialign_jax.data.config import DataConfig
 from unialign_jax.data.report import CorpusError
@@ -70,7 +70,7 @@ def make_streams(
     teacher_tokenizer: PlainTokenizer | None,
     caches: Caches | None = None,
 ) -> tuple[Stream, ...]:
-    """The streams of a config: of every source, its rows by bucket.
+    """The streams of a config: of every source, its rows by bucket. All processes of a run call it together.
 
     Args:
       config: what batches to make.
@@ -79,7 +79,7 @@ def make_streams(
       caches: what is read instead of made.
 
     Raises:
-      CorpusError: a source has fewer rows than one batch.
+      CorpusError: a source has fewer rows than one batch; see `buckets.agreed_sizes`.
       CacheMismatch, CorpusError: see `caches.Cache`.
     """
     streams = []
@@ -90,7 +90,7 @@ def make_streams(
                 f"({config.global_batch}) or leave this source out"
             )
         if len(config.sizes()) > 1:
-            parts = divide(target_sizes(source), config.sizes(), least=config.global_batch)
+            parts = divide(agreed_sizes(source), config.sizes(), least=config.global_batch)
         else:
             parts = {config.sizes()[0]: np.arange(len(source))}
         for size, rows in parts.items():

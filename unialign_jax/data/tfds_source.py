@@ -13,6 +13,7 @@ from tensorflow_datasets.core import example_parser
 
 from unialign_jax.data.report import CorpusError
 from unialign_jax.data.samples import TASKS, Cause, Refused, Sample
+from unialign_jax.data.shards import DamagedShard, Shards
 
 # What `build` writes; of another dataset, fields name the features that stand for these.
 FEATURES = ("task", "target", "references", "caption", "instruction", "question", "answer")
@@ -57,13 +58,16 @@ class TfdsSource:
         self._name = info.full_name
         try:
             # The files' own bytes are asked for: TFDS would decode the images, and not from within lists undecoded.
-            self._records = builder.as_data_source(
-                split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+            found = builder.as_data_source(
+                split=split,
+                deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
+                file_format="array_record",
             )
         except (ValueError, NotImplementedError) as error:
             raise CorpusError(f"{self.path}: {error}") from None
-        if not len(self._records):
+        if not len(found):
             raise CorpusError(f"{self.path}: expected examples, found none")
+        self._records = Shards(found.dataset_info.splits[split].file_instructions)
         self._parser = example_parser.ExampleParserNp(info.features.get_serialized_info())
         self._fields = dict(fields) if fields else {name: name for name in FEATURES if name in info.features}
         self._labels = {}
@@ -85,10 +89,17 @@ class TfdsSource:
         """The sample of one example; its images are not decoded.
 
         Raises:
-          Refused: it can't be used.
+          Refused: it can't be used; its record may be damaged.
+          CorpusError: it can't be read, which says nothing of the example.
         """
         try:
-            example = self._parser.parse_example(self._records[index])
+            record = self._records[index]
+        except DamagedShard as error:
+            raise Refused(Cause.UNREADABLE_RECORD, str(error)) from error
+        except CorpusError as error:
+            raise CorpusError(f"{self.path}, {self.place(index)}: {error}") from error
+        try:
+            example = self._parser.parse_example(record)
         except Exception as error:  # damaged records raise nearly anything
             raise Refused(Cause.UNREADABLE_RECORD, f"{type(error).__name__}: {error}") from error
         values = {field: self._value(example, field, name) for field, name in self._fields.items()}

@@ -3,7 +3,10 @@
 The files of a sample stand together and share a name up to the first dot:
 
     000017.jpg, 000017.txt     an image and its caption
-    000017.json, ...           a row in a published form (`rows`), which names its images: other files of the tar
+    000017.json, ...           a row in a published form (`rows`), which names its images: other files of the sample
+
+Beside a caption, JSON that is no such row is not read: img2dataset and `launch/sample.py` put what they know of an
+image there.
 """
 
 import tarfile
@@ -13,7 +16,7 @@ import tqdm
 from etils import epath
 
 from unialign_jax.data.report import CorpusError
-from unialign_jax.data.rows import parse_row
+from unialign_jax.data.rows import is_row, parse_row
 from unialign_jax.data.samples import TASKS, Cause, Refused, Sample
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jp2")
@@ -72,7 +75,9 @@ class TarSource:
             return read(suffix)
 
         if "json" in members:
-            return parse_row(read("json"), self._task, find)
+            row = read("json")
+            if "txt" not in members or is_row(row):
+                return parse_row(row, self._task, find)
         images = [suffix for suffix in members if suffix.lower() in IMAGE_SUFFIXES]
         if len(images) != 1:
             raise Refused(Cause.IMAGE_COUNT, f"expected 1 image, found {len(images)} among {', '.join(members)}")

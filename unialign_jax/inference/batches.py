@@ -1,7 +1,6 @@
 """Lists of any length on a mesh: cut into a few compiled sizes, placed as one global array, fetched again."""
 
 import math
-from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -94,18 +93,23 @@ class Batches:
             rows[start:stop] = process == jax.process_index()
         return rows
 
-    def check_same(self, request: Sequence[int]) -> None:
+    def check_same(self, **request: int) -> None:
         """Refuses a request that is not the same in all processes of the mesh; they would wait for ever.
+
+        Args:
+          request: by name, all that decides which programs run, and how often.
 
         Raises:
           ValueError: another process was asked for something else.
         """
         if not self._mesh.is_multi_process:
             return
-        mine = np.asarray(request, np.int64)
+        mine = np.asarray(list(request.values()), np.int64)
         everyone = multihost_utils.process_allgather(mine)
         if not (everyone == mine).all():
-            raise ValueError(
-                "every process must make the same request: items, references, height, width and steps are "
-                + "; ".join(f"{row.tolist()} in process {i}" for i, row in enumerate(everyone))
-            )
+            differing = [
+                f"{name} is {', '.join(map(str, values))}"
+                for name, values in zip(request, everyone.T.tolist(), strict=True)
+                if len(set(values)) > 1
+            ]
+            raise ValueError(f"every process must make the same request; by process, {'; '.join(differing)}")

@@ -153,9 +153,17 @@ def pixels(image: ImageLike, height: int, width: int) -> np.ndarray:
             image = Image.fromarray(image)
         if not isinstance(image, Image.Image):
             raise ValueError(f"an image is a path, a PIL image or an array, not a {type(image).__name__}")
-        return image_files.fit(image_files.to_rgb(ImageOps.exif_transpose(image)), height, width)
+        return _fitted(image, height, width)
     except Refused as refused:
         raise ValueError(f"image {refused}") from refused
+
+
+def _fitted(image: Image.Image, height: int, width: int) -> np.ndarray:
+    try:  # a PIL image is decoded only now
+        return image_files.fit(image_files.to_rgb(ImageOps.exif_transpose(image)), height, width)
+    except (OSError, SyntaxError) as error:  # Pillow's for files that are cut short or broken
+        width, height = image.size
+        raise ValueError(f"{image.format or 'PIL'} image of {width} x {height} can't be decoded: {error}") from error
 
 
 def reference_pixels(references: Sequence[Sequence[ImageLike]], height: int, width: int):

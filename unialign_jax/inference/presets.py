@@ -1,6 +1,7 @@
 """Published protocols: the prompts, lengths, steps and guidance with which results of this family were made."""
 
 import dataclasses
+from typing import Any
 
 NEGATIVE_PROMPT = (
     "low quality, blurry, low resolution, backlit, cartoon, animated, deformed, oversaturated, undersaturated, "
@@ -35,6 +36,21 @@ class Protocol:
     answer_length: int = 128
     caption: str = ""
     question: str = "Q: {} Answer the question using a single word or phrase. A:"
+
+    def settle(self, task: str, **given: Any) -> dict[str, Any]:
+        """The settings of a call, each the protocol's where `given` has None or nothing.
+
+        Args:
+          task: of the pipeline's.
+          given: `steps`; of images, `guidance` and `negative_prompt`; of texts, `fast`.
+        """
+        if task in ("caption", "answer"):
+            steps = self.caption_steps if task == "caption" else self.answer_steps
+            mine = {"steps": steps, "fast": self.fast}
+        else:
+            guidance = self.generate_guidance if task == "generate" else self.edit_guidance
+            mine = {"steps": self.steps, "guidance": guidance, "negative_prompt": self.negative_prompt}
+        return {name: value if given.get(name) is None else given[name] for name, value in mine.items()}
 
 
 # Sources: glimmer16/UniAlignment, infer.py and the defaults of its pipeline; zijieli-Jlee/Dual-Diffusion, the demo

@@ -9,7 +9,7 @@ import json
 import pathlib
 import tarfile
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -18,7 +18,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from PIL import Image, PngImagePlugin
 
-from unialign_jax.sampling.rows import Row
+from unialign_jax.sampling.rows import TEXT_TASKS, Row
 from unialign_jax.storage import write_whole
 
 FORMATS = ("png", "array_record", "webdataset")
@@ -35,12 +35,22 @@ class Output(Protocol):
         """Whether anything of a unit that this process owns rows of (`owned`, bool `[stop - start]`) is not there."""
         ...
 
-    def write(self, start: int, stop: int, made: Sequence[Made]) -> None:
-        """Writes what this process owns of a unit."""
+    def write(self, start: int, stop: int, made: Sequence[Made], facts: dict[str, Any]) -> None:
+        """Writes what this process owns of a unit.
+
+        Args:
+          start, stop: the unit.
+          made: its results.
+          facts: what every result's metadata says besides its own row.
+        """
+        ...
+
+    def told(self, start: int, stop: int, made: Sequence[Made]) -> list[str]:
+        """What a user is told of a unit: texts themselves; of images, the files that they are in."""
         ...
 
 
-def make_output(format_name: str, directory: epath.Path, task: str, count: int, facts: dict[str, Any]) -> Output:
+def make_output(format_name: str, directory: epath.Path, task: str, count: int) -> Output:
     """The output of a run.
 
     Args:
@@ -48,21 +58,20 @@ def make_output(format_name: str, directory: epath.Path, task: str, count: int, 
       directory: where files go.
       task: of the run.
       count: rows in all.
-      facts: what every result's metadata says besides its own row.
     """
-    if task in ("caption", "answer"):
-        return _Shards(directory, "jsonl", _jsonl, facts | {"task": task})
+    if task in TEXT_TASKS:
+        return _Shards(directory, "jsonl", _jsonl)
     if format_name == "png":
-        return PngFiles(directory, count, facts | {"task": task})
+        return PngFiles(directory, count)
     kind = {"array_record": ("array_record", _array_record), "webdataset": ("tar", _tar)}[format_name]
-    return _Shards(directory, *kind, facts | {"task": task})
+    return _Shards(directory, *kind)
 
 
 class PngFiles:
     """`DIRECTORY/NNN.png` with its metadata as PNG text, or `NNN.error.json`; sub-directories of 10 000 for many."""
 
-    def __init__(self, directory: epath.Path, count: int, facts: dict[str, Any]):
-        self._directory, self._facts = directory, facts
+    def __init__(self, directory: epath.Path, count: int):
+        self._directory = directory
         self._digits, self._nested = max(3, len(str(count - 1))), count > _ROWS_PER_DIRECTORY
         found = directory.glob("*/*" if self._nested else "*")
         self._there = {path.name for path in found}
@@ -76,21 +85,24 @@ class PngFiles:
         names = [self.path(index).name for index in np.flatnonzero(owned) + start]
         return any(n not in self._there and n.replace(".png", ".error.json") not in self._there for n in names)
 
-    def write(self, start: int, stop: int, made: Sequence[Made]) -> None:
+    def write(self, start: int, stop: int, made: Sequence[Made], facts: dict[str, Any]) -> None:
         for row, image, error in made:
             path = self.path(row.index)
             path.parent.mkdir(parents=True, exist_ok=True)
             if error is not None:
-                write_whole(path.with_name(f"{path.stem}.error.json"), _json_line(row, self._facts, error=error))
+                write_whole(path.with_name(f"{path.stem}.error.json"), _json_line(row, facts, error=error))
             else:
-                write_whole(path, encode_png(image, _metadata(row, self._facts)))
+                write_whole(path, encode_png(image, _metadata(row, facts)))
+
+    def told(self, start: int, stop: int, made: Sequence[Made]) -> list[str]:
+        return [str(self.path(row.index)) for row, _, error in made if error is None]
 
 
 class _Shards:
     """`DIRECTORY/shard-START-STOP[-iofn].EXTENSION`, one for each unit and process, beside it `.errors.jsonl`."""
 
-    def __init__(self, directory: epath.Path, extension: str, encode, facts: dict[str, Any]):
-        self._directory, self._extension, self._encode, self._facts = directory, extension, encode, facts
+    def __init__(self, directory: epath.Path, extension: str, encode: Callable):
+        self._directory, self._extension, self._encode = directory, extension, encode
         count = jax.process_count()
         self._process = f"-{jax.process_index():04d}of{count:04d}" if count > 1 else ""
         self._there = {path.name for path in directory.glob(f"shard-*.{extension}")}
@@ -101,15 +113,19 @@ class _Shards:
     def missing(self, start: int, stop: int, owned: np.ndarray) -> bool:
         return bool(owned.any()) and self._name(start, stop) not in self._there
 
-    def write(self, start: int, stop: int, made: Sequence[Made]) -> None:
+    def write(self, start: int, stop: int, made: Sequence[Made], facts: dict[str, Any]) -> None:
         if not made:
             return
         path = self._directory / self._name(start, stop)
-        failed = [_json_line(row, self._facts, error=error) for row, _, error in made if error is not None]
+        failed = [_json_line(row, facts, error=error) for row, _, error in made if error is not None]
         if failed:
             write_whole(path.with_name(f"{path.stem}.errors.jsonl"), b"".join(failed))
         # Last: it says that the unit is done.
-        write_whole(path, self._encode([(row, item) for row, item, error in made if error is None], self._facts))
+        write_whole(path, self._encode([(row, item) for row, item, error in made if error is None], facts))
+
+    def told(self, start: int, stop: int, made: Sequence[Made]) -> list[str]:
+        texts = [item for _, item, error in made if error is None and isinstance(item, str)]
+        return texts if self._extension == "jsonl" else [str(self._directory / self._name(start, stop))] * bool(made)
 
 
 def encode_png(image: np.ndarray, metadata: dict[str, Any]) -> bytes:

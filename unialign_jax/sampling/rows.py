@@ -57,6 +57,8 @@ class Rows:
     def _row(self, index: int, prompt: Any, images: Any, seed: Any = None) -> Row:
         seed = (self.seed + index) % 2**32 if seed is None else seed
         images = [images] if isinstance(images, str) else images
+        prompt = prompt if self.task in NEEDS_PROMPT else ""
+        images = images if self.task in NEEDS_IMAGE else ()
         try:
             if not isinstance(images, list | tuple) or not all(isinstance(path, str) for path in images):
                 raise ValueError(f"images are {images!r}; a path or a list of paths was expected")
@@ -70,7 +72,7 @@ class Rows:
 
 def _check_given(task: str, prompt: Any, images: Sequence[str], said: tuple[str, str] = ("a prompt", "an image")):
     for needs, given, name in ((NEEDS_PROMPT, prompt, said[0]), (NEEDS_IMAGE, images, said[1])):
-        if (task in needs) != bool(given):
+        if (task in needs) != bool(given):  # of rows, what a task does not need has been left out before
             raise ValueError(f"{task} {'needs' if task in needs else 'takes no'} {name}")
     if task in ("edit", "perceive", *TEXT_TASKS) and len(images) != 1:
         raise ValueError(f"{task} takes one image a row, not {len(images)}")
@@ -103,7 +105,7 @@ class FileRows(Rows):
     """The lines of a file: JSON objects if its name ends in .jsonl, else prompts. Empty lines are left out.
 
     An object has `prompt` (or `instruction`, `edit_prompt`, `question`), `image` (or `images`, `original_images`: a
-    path or a list) and `seed`, as far as the task needs them; other keys are ignored. Paths are relative to the file.
+    path or a list) and `seed`; what the task does not need and other keys are ignored. Paths are relative to the file.
 
     Raises:
       ValueError: it has no rows.

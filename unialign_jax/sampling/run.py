@@ -19,8 +19,8 @@ from absl import logging
 from etils import epath
 from PIL import Image
 
-from unialign_jax import agreement, parallel, storage
-from unialign_jax.inference import inputs
+from unialign_jax import agreement, parallel, pretrained, storage
+from unialign_jax.inference import inputs, presets
 from unialign_jax.inference.batches import Batches
 from unialign_jax.pipeline import TASKS, UniAlignPipeline
 from unialign_jax.sampling.outputs import FORMATS, Made, PngFiles, make_output
@@ -38,7 +38,8 @@ class Job:
     """What a run does.
 
     Attributes:
-      checkpoint: see `UniAlignPipeline.from_pretrained`.
+      checkpoint: see `UniAlignPipeline.from_pretrained`. A run's newest step is looked up once: a sampling run that
+        goes on takes the step that it began with.
       task: in `pipeline.TASKS`.
       output: directory of the results, made if absent. With results of this very run in it, the run goes on.
       prompts: a text or JSONL file (`FileRows`); None: one request, `prompt` and `images`, made `count` times.
@@ -82,7 +83,7 @@ class Result:
     Attributes:
       rows: in all.
       failed: rows that this process could not make, now and in this process only; files name them.
-      shown: texts or paths of the first results, of a run from flags that made them just now.
+      shown: texts or files of the first results, of a run from flags that made them just now.
     """
 
     rows: int
@@ -94,17 +95,21 @@ def sample(job: Job) -> Result:
     """Does what a job says, or what is left of it. All processes call it with the same job.
 
     Raises:
-      ValueError: a request that can't be served, or `output` holds another run.
+      ValueError: a request that can't be served, `output` holds another run, or not one of the rows could be made.
       FileNotFoundError: no such checkpoint or prompts.
     """
-    rows = _check(job)
+    rows = agreement.everywhere(lambda: _check(job), ValueError, FileNotFoundError)
+    requests = agreement.gather([rows.count, rows.digest])
+    if differing := [i for i, request in enumerate(requests) if request != requests[0]]:
+        raise ValueError(f"{job.prompts} in process {differing[0]} is not what it is in process 0; expected one file")
     mesh = parallel.make_mesh(job.strategy)
     batch = _batch_size(job, mesh, rows.count)
     unit = batch if job.format == "png" and job.task not in TEXT_TASKS else -(-job.shard_rows // batch) * batch
     directory = storage.absolute(job.output)
-    agreement.primary(lambda: _claim(job, directory, rows, batch, unit), ValueError)
-    facts = {"checkpoint": str(job.checkpoint), "dtype": job.dtype, **job.options}
-    output = make_output(job.format, directory, job.task, rows.count, facts)
+    newest = str(pretrained.locate(job.checkpoint) if pretrained.is_run(job.checkpoint) else job.checkpoint)
+    weights = agreement.primary(lambda: _claim(job, directory, rows, batch, unit, newest), ValueError)
+    agreement.everywhere(lambda: _check_seen(directory), ValueError)
+    output = make_output(job.format, directory, job.task, rows.count)
     batches = Batches(mesh, batch, single=True)
     owned = np.tile(batches.owned(batch), unit // batch)
     units = [(start, min(start + unit, rows.count)) for start in range(0, rows.count, unit)]
@@ -116,7 +121,7 @@ def sample(job: Job) -> Result:
     failed, shown = 0, []
     if left:
         pipeline = UniAlignPipeline.from_pretrained(
-            job.checkpoint,
+            weights,
             mesh,
             job.dtype,
             average=job.average,
@@ -124,6 +129,9 @@ def sample(job: Job) -> Result:
             single_size=True,
             progress=False,
         )
+        make = _Maker(job, pipeline, batch, strict=rows.strict)
+        agreement.everywhere(lambda: make.check(rows), ValueError)
+        facts = make.facts | {"checkpoint": weights}
         done = rows.count - sum(stop - start for start, stop in left)
         speaks = job.progress and jax.process_index() == 0
         unit_name = "text" if job.task in TEXT_TASKS else "image"
@@ -132,20 +140,22 @@ def sample(job: Job) -> Result:
             concurrent.futures.ThreadPoolExecutor(2) as pool,
         ):
             writes: collections.deque[concurrent.futures.Future] = collections.deque()
-            for (start, stop), made in _units(job, pipeline, rows, left, batch, bar, pool):
+            for (start, stop), made in _units(make, rows, left, batch, bar, pool):
                 failed += sum(error is not None for _, _, error in made)
                 if isinstance(rows, FlagRows) and len(shown) < _SHOWN:
-                    shown += [x if isinstance(x, str) else str(output.path(row.index)) for row, x, _ in made]
-                writes.append(pool.submit(output.write, start, stop, made))
+                    shown += output.told(start, stop, made)
+                writes.append(pool.submit(output.write, start, stop, made, facts))
                 if len(writes) > 2:  # results wait in memory for no more than this
                     writes.popleft().result()
             for write in writes:
                 write.result()
-    agreement.gather(None)  # all files are written
+    all_failed = sum(agreement.gather(failed))  # and all files are written
     if job.grid and jax.process_index() == 0:
         write_grid(output, directory, min(job.grid, rows.count))
     if failed:
         logging.warning("%d of %d rows could not be made; *.error* files in %s say why", failed, rows.count, directory)
+    if all_failed == rows.count:
+        raise ValueError(f"not one of {rows.count} rows could be made; *.error* files in {directory} say why")
     return Result(rows.count, failed, tuple(shown[:_SHOWN]))
 
 
@@ -182,8 +192,11 @@ def _batch_size(job: Job, mesh: jax.sharding.Mesh, count: int) -> int:
     return next((size for size in sizes if size >= count), largest)
 
 
-def _claim(job: Job, directory: epath.Path, rows: Rows, batch: int, unit: int) -> None:
-    """Notes in the directory what is made there; refuses one in which something else was."""
+def _claim(job: Job, directory: epath.Path, rows: Rows, batch: int, unit: int, newest: str) -> str:
+    """Notes in the directory what is made there, and of which weights: these, or those that it was begun with.
+
+    Refuses a directory in which something else was made. Returns where the weights are.
+    """
     settings = {
         "task": job.task,
         "checkpoint": str(job.checkpoint),
@@ -211,7 +224,14 @@ def _claim(job: Job, directory: epath.Path, rows: Rows, batch: int, unit: int) -
             "another directory"
         )
     if changed:
-        write_whole(file, json.dumps(settings, indent=2, ensure_ascii=False).encode() + b"\n")
+        found = settings | {"weights": newest}
+        write_whole(file, json.dumps(found, indent=2, ensure_ascii=False).encode() + b"\n")
+    return found["weights"]
+
+
+def _check_seen(directory: epath.Path) -> None:
+    if not (directory / SETTINGS_FILE).exists():
+        raise ValueError(f"output {directory} is not there on every host; expected a directory that all of them share")
 
 
 def _pack(flags: list[bool]) -> str:
@@ -223,10 +243,9 @@ def _unpack(packed: str, count: int) -> np.ndarray:
 
 
 def _units(
-    job: Job, pipeline: UniAlignPipeline, rows: Rows, left: list, batch: int, bar: tqdm.tqdm, pool
+    make: "_Maker", rows: Rows, left: list, batch: int, bar: tqdm.tqdm, pool: concurrent.futures.Executor
 ) -> Iterator[tuple[tuple[int, int], list[Made]]]:
     """Each unit that is left, with the results that this process owns."""
-    make = _Maker(job, pipeline, batch, strict=rows.strict)
     chunks = _chunks(rows, left, batch)
     # The next batch is read while this one is made.
     following = pool.submit(lambda: make.read(next(chunks, None)))
@@ -263,7 +282,11 @@ class _Prepared:
 
 
 class _Maker:
-    """Turns batches of rows into results."""
+    """Turns batches of rows into results.
+
+    Attributes:
+      facts: what every result's metadata says of how it was made.
+    """
 
     def __init__(self, job: Job, pipeline: UniAlignPipeline, batch: int, *, strict: bool):
         self._job, self._pipeline, self._strict = job, pipeline, strict
@@ -272,6 +295,19 @@ class _Maker:
             pipeline.networks, pipeline.size, job.options.get("size"), job.options.get("aspect")
         )
         self._grey = np.full((1, 1, 3), 127, np.uint8)
+        protocol = pipeline.protocol if "protocol" not in job.options else presets.protocol(job.options["protocol"])
+        settled = protocol.settle(job.task, **job.options)
+        self.facts = {"task": job.task, "dtype": job.dtype, **job.options, **settled}
+
+    def check(self, rows: Rows) -> None:
+        """Refuses strict rows that can't be made, in every process, before any makes one: each image is read once."""
+        if not self._strict:
+            return
+        for row in {(row.prompt, row.images): row for row in rows}.values():
+            for path in row.images:
+                inputs.pixels(path, *self._size)
+            if self._job.task == "answer":
+                self._pipeline.encode_question(row.prompt, self._job.options.get("protocol"))
 
     def read(self, rows: list[Row] | None) -> _Prepared | None:
         """Reads the images of the rows that this process works on, and finds out which rows can't be made."""

@@ -43,7 +43,7 @@ def sample_grid(
     # Training drops the condition by replacing it with " ", so this is the negative prompt that any model knows.
     options = {"steps": settings.sample_steps, "guidance": settings.guidance, "negative_prompt": " "}
     columns = [batch["target"]]
-    if "references" in batch:
+    if "references" in batch and batch["reference_mask"].any():
         pairs = zip(batch["references"], batch["reference_mask"], strict=True)
         made = pipeline.compose([list(images[there]) for images, there in pairs], prompts, **options)
         columns = [*batch["references"].swapaxes(0, 1), *columns]

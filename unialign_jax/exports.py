@@ -1,0 +1,119 @@
+"""A model's weights alone, as a directory: ours of a run, or the public PyTorch one of any model that is not."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import traverse_util
+
+from unialign_jax import convert, pretrained
+from unialign_jax.networks import build_networks
+
+
+def to_jax(
+    source: epath.PathLike, target: epath.PathLike, *, average: bool = True, progress: bool = True
+) -> convert.Report:
+    """Writes a run's model as a converted directory: its weights alone, of all networks, in float32.
+
+    Memory holds one network at a time, and no accelerator is needed: adapters are added, and what a run neither read
+    nor trained is drawn, on the CPU.
+
+    Args:
+      source: a run's stage directory (its newest step), or a step in one; local or `gs://`.
+      target: a local directory that does not exist or is empty.
+      average: take the moving average of the parameters where one was kept.
+      progress: whether to show a progress bar.
+
+    Raises:
+      FileNotFoundError: there is no run.
+      ValueError: it is damaged, the target is not free, or the source is a converted directory already.
+    """
+    path = pretrained.locate(source)
+    if convert.is_converted(path):
+        raise convert.ConversionError(f"{path} is a converted checkpoint already; copy it")
+    config = pretrained.config_of(path)
+    return convert.write_jax(
+        config["model"],
+        _in_turn(path, config["model"], average),
+        target,
+        sampling=pretrained.sampling_of(config),
+        tokenizer=pretrained.tokenizer_directory(path),
+        progress=progress,
+    )
+
+
+def to_torch(
+    source: epath.PathLike, target: epath.PathLike, *, average: bool = True, progress: bool = True
+) -> convert.Report:
+    """Writes a model as a public PyTorch pipeline directory: of a run all but the teacher, in float32.
+
+    Args:
+      source: as of `to_jax`; or a local converted directory or a shipped checkpoint's name, which keep their dtypes.
+      target, average, progress: see `to_jax`, also for what is in memory.
+
+    Raises:
+      FileNotFoundError: see `pretrained.locate`.
+      ValueError: it is damaged, the target is not free, or the source is a public directory already.
+    """
+    if pretrained.is_public(source):
+        raise convert.ConversionError(f"{source} is a public pipeline directory already; --to=jax goes the other way")
+    path = pretrained.locate(source)
+    if convert.is_converted(path):
+        return convert.to_torch(path, target, progress=progress)
+    model = pretrained.config_of(path)["model"]
+    networks = _in_turn(path, model | {"teacher": None}, average)
+    tokenizer = pretrained.tokenizer_directory(path)
+    return convert.write_torch(model, networks, target, tokenizer=tokenizer, progress=progress)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    """An array that is read when it is asked for, a `convert.exporter.Leaf`. `read` returns the whole of it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return self.read()[index]
+
+
+def _in_turn(path: epath.Path, model: Mapping[str, Any], average: bool) -> dict[str, dict[str, _Leaf]]:
+    """The networks of a run's step, float32, by name and "/"-joined path.
+
+    The first leaf of a network that is asked for reads it, in the place of the network that was read before.
+    """
+    here = jax.sharding.SingleDeviceSharding(_host_device())
+    wanted = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=here),
+        nn.unbox(build_networks(model).abstract()),
+    )
+    held: dict[str, dict[str, jax.Array]] = {}
+
+    def read(name: str, leaf: str) -> np.ndarray:
+        if name not in held:
+            held.clear()  # before the next is read, not after it
+            params = pretrained.step_params(path, {name: wanted[name]}, average)[name]
+            held[name] = traverse_util.flatten_dict(params, sep="/")
+        return np.asarray(held[name][leaf])
+
+    return {
+        name: {
+            leaf: _Leaf(x.shape, x.dtype, lambda name=name, leaf=leaf: read(name, leaf))
+            for leaf, x in traverse_util.flatten_dict(tree, sep="/").items()
+        }
+        for name, tree in wanted.items()
+    }
+
+
+def _host_device() -> jax.Device:
+    """A CPU, where JAX may use one: what only becomes files need not fit an accelerator."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS names others alone
+        return jax.local_devices()[0]
