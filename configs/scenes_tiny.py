@@ -11,7 +11,7 @@ from ml_collections import config_dict
 
 STAGES = ("pretrain", "unify", "personalize")
 STEPS = {"pretrain": 3_000, "unify": 5_000, "personalize": 2_000}
-QUICK_STEPS = {"pretrain": 800, "unify": 300, "personalize": 80}
+QUICK_STEPS = {"pretrain": 800, "unify": 300, "personalize": 140}
 LEARNING_RATES = {"pretrain": 4e-3, "unify": 3e-3, "personalize": 2e-3}
 # The language has 122 words, with their commas: at this size each is one token, so that 32 hold every text and its end.
 VOCABULARY = 256
@@ -43,10 +43,12 @@ def _make_quick(stage: str, config: ml_collections.ConfigDict) -> None:
     """Minutes, mostly of reading, for scenes of few things: they buy captions; drawing takes hours."""
     sources = config.data.sources
     sources.caption.image_pass = 0.0  # twice as many captions in the same time
+    sources.caption.weight = 3.0
     if config.after is None:
         sources.generate.text_pass = 1.0  # what has both passes trains all terms
     else:
         del sources["generate"]  # edits rehearse drawing too, and a step less is compiled
+        config.optimizer.learning_rate = 2e-3  # what was read is forgotten at more
     config.steps = QUICK_STEPS[stage]
     config.optimizer.warmup_steps = 50
     config.optimizer.ema_rate = 0.99

@@ -167,7 +167,7 @@ def _stage(stage: str, shared: dict) -> ml_collections.ConfigDict:
         "learn_vocab_size": config_dict.placeholder(int),
         "more_texts": (),
     }
-    config.teacher_tokenizer = shared["init"] + "/teacher_tokenizer"
+    config.teacher_tokenizer = config_dict.placeholder(str)  # the one that came with the teacher
 
     config.data = {
         "root": shared["data"]["root"],

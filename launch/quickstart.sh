@@ -26,9 +26,9 @@ fi
 rm -rf "$out"
 mkdir -p "$out"
 
-say "drawing 6 000 scenes of a coloured shape, some of two or three, for each task" "16 minutes"
-"$python" -m unialign_jax.data.scenes --target="$out/corpus" --count=6000 \
-  --things=1 --things=1 --things=1 --things=2 --things=3
+say "drawing 8 000 scenes for each task, eight tenths of one coloured shape, the rest of two or three" "16 minutes"
+one=(--things=1 --things=1 --things=1 --things=1)
+"$python" -m unialign_jax.data.scenes --target="$out/corpus" --count=8000 "${one[@]}" "${one[@]}" --things=2 --things=3
 
 say "training a 1.9 M parameter model from scratch, three stages: $stages" "15 minutes"
 "$python" launch/train.py --config=configs/scenes_tiny.py:quick --workdir="$out" --config.data.root="$out/corpus"

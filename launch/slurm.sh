@@ -42,6 +42,7 @@ export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$workdir/compilat
 cancelled=""
 trap 'cancelled=1' TERM # scancel tells this script too; the signal before the end of the time does not
 code=0
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun does not take it over from sbatch since SLURM 22.05
 # One process that fails ends all others, which would wait for it.
 srun --kill-on-bad-exit=1 "$python" launch/train.py "$@" --preempted_exit_code=75 || code=$?
 if [[ "$code" == 75 && -z "$cancelled" ]]; then

@@ -271,6 +271,9 @@ def test_damaged_newest_step_names_the_newest_good_one(tmp_path, how):
     with Checkpoints(tmp_path) as checkpoints:
         with pytest.raises(DamagedCheckpoint, match=r"30 is damaged.*--config.resume_step=10"):
             checkpoints.restore(abstract(state))
+        if how == "no metadata":  # of step 20, nothing more is asked for here
+            with pytest.raises(DamagedCheckpoint, match=r"30 is damaged.*--config.resume_step=20"):
+                checkpoints.meta()
         restored, data_state, _ = checkpoints.restore(abstract(state), step=10)
         assert_identical(restored, make_state(10, seed=10))
         assert data_state == 10

@@ -122,6 +122,22 @@ with Checkpoints(directory, read_only=True) as checkpoints:
 """
 
 
+# Told to stop while a step is saved, far beyond as many as this start has taken.
+PREEMPTED = """
+import signal, time
+from unialign_jax import distributed
+asked = []
+with distributed.Preemption() as preemption, Checkpoints(directory) as checkpoints:
+    before = [preemption.reached() for _ in range(3)]
+    checkpoints.save(10_000, make_state(10_000, seed=0), {}, {})
+    if index == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(3)  # the notice goes round in the background
+    after = [preemption.reached() for _ in range(9)]
+seen = {"before": before, "after": after}
+"""
+
+
 def run(task: str, directory: pathlib.Path, *, processes: int, devices: int) -> list[dict]:
     """Runs a task in so many processes with so many devices each, and returns what each saw."""
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -166,6 +182,12 @@ def history(tmp_path_factory):
     directory = tmp_path_factory.mktemp("run") / "checkpoints"
     run(SAVE, directory, processes=1, devices=8)
     return directory, run(RESUME, directory, processes=2, devices=2)
+
+
+def test_sigterm_during_a_save_is_not_lost(tmp_path):
+    for seen in run(PREEMPTED, tmp_path / "checkpoints", processes=2, devices=1):
+        assert not any(seen["before"]) and seen["after"][-1]
+        assert seen["after"] == sorted(seen["after"])  # once True, it stays so
 
 
 def test_another_mesh_on_more_processes_restores_the_same_bits(history):

@@ -49,6 +49,15 @@ class DamagedCheckpoint(CheckpointError):
 _SHARED = (CheckpointError, WrongArchitecture, DamagedCheckpoint, FileNotFoundError)
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, without its own watch for preemption."""
+
+    def reached_preemption(self, step: int) -> bool:
+        # The service knows one count, and agrees on the largest that anybody has asked it with: asked with steps here,
+        # it would name one that `distributed.Preemption`, whose count is another, reaches much later or never.
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -82,7 +91,7 @@ class Checkpoints:
             items = {"state": ocp.StandardCheckpointHandler()}
             items |= {name: ocp.JsonCheckpointHandler() for name in ("data", "meta")}
             options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, keep_period=keep_period)
-            self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=items)
+            self._manager = _Manager(self.directory, options=options, item_handlers=items)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -182,13 +191,7 @@ class Checkpoints:
         try:
             return self._read(abstract_state, step, accept)
         except DamagedCheckpoint as damage:
-            good = self._newest_readable(abstract_state, before=step)
-            advice = (
-                f"The newest good step before it is {good}: choose it with --config.resume_step={good}."
-                if good is not None
-                else "No older step of this run can be read either."
-            )
-            raise DamagedCheckpoint(f"{damage}. {advice}") from damage
+            raise self._advised(damage, step, lambda older: self._read(abstract_state, older)) from damage
 
     def restore_params(self, abstract_params: Any = None, *, which: str = "params", step: int | None = None) -> Any:
         """Reads the parameters alone, without optimizer or data state.
@@ -211,9 +214,20 @@ class Checkpoints:
         return params
 
     def meta(self, step: int | None = None) -> dict[str, Any]:
-        """What the run wrote about itself at `step` (None: the newest)."""
+        """What the run wrote about itself at `step` (None: the newest).
+
+        Raises:
+          FileNotFoundError, DamagedCheckpoint: as `restore`; of the step named, no more than this has been read.
+        """
+
+        def read(step: int) -> dict[str, Any]:
+            return agreement.everywhere(lambda: self._meta_and_sums(step)[0], *_SHARED)
+
         step = self._existing(step)
-        return agreement.everywhere(lambda: self._meta_and_sums(step)[0], *_SHARED)
+        try:
+            return read(step)
+        except DamagedCheckpoint as damage:
+            raise self._advised(damage, step, read) from damage
 
     def set_aside_after(self, step: int) -> list[int]:
         """Moves the steps newer than `step` out of the way, to `DIR-set-aside/`, and returns them.
@@ -331,14 +345,20 @@ class Checkpoints:
             raise self._damaged(step, error) from error
         return params, {which: {name: sums[which].get(name) for name in params}}
 
-    def _newest_readable(self, abstract_state: Any, before: int) -> int | None:
-        for step in reversed([s for s in self.all_steps() if s < before]):
+    def _advised(self, damage: DamagedCheckpoint, step: int, read: Callable[[int], Any]) -> DamagedCheckpoint:
+        """The error with what to do about it: the newest step before that `read` can read."""
+        for older in reversed([s for s in self.all_steps() if s < step]):
             try:
-                self._read(abstract_state, step)
+                read(older)
             except CheckpointError:
                 continue
-            return step
-        return None
+            key = f"--config.resume_step={older}"
+            of_several = f"--config.stages.{self.directory.parent.name}.resume_step"
+            return DamagedCheckpoint(
+                f"{damage}. The newest good step before it is {older}: choose it with {key} ({of_several} where the "
+                "config has several stages)."
+            )
+        return DamagedCheckpoint(f"{damage}. No older step of this run can be read either.")
 
     def _check_same(self, step: int, saved: dict, wanted: dict, prefix: str = "") -> None:
         differences = describe_differences(saved, wanted, prefix)

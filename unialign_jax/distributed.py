@@ -188,10 +188,10 @@ class Preemption:
         self._asked = 0  # goes on through the stages of a run: JAX agrees on a number that comes after this one
 
     def reached(self) -> bool:
-        """True when this is the step to save and stop at. All processes must ask equally often, at every step."""
+        """True from the step on at which to save and stop. All processes must ask equally often, at every step."""
         self._asked += 1
-        if self._connected:
-            return multihost_utils.reached_preemption_sync_point(self._asked)
+        if self._connected and not self._signalled:  # the service names one step only
+            self._signalled = multihost_utils.reached_preemption_sync_point(self._asked)
         return self._signalled
 
     def __enter__(self) -> Self:

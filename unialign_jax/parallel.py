@@ -207,6 +207,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def placed(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    """A description of an array with the sharding that it is to have."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
 def replicate(array: np.ndarray, mesh: Mesh) -> jax.Array:
     """A host array, the same in every process, whole on every device of the mesh."""
     return jax.make_array_from_callback(array.shape, replicated(mesh), lambda index: array[index])

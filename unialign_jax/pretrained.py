@@ -291,6 +291,19 @@ def start_of(meta: Mapping[str, Any], stage_directory: epath.Path) -> str | None
     return str(stage_directory.parent / recorded[3:]) if recorded and recorded.startswith("../") else recorded
 
 
+def converted_start(path: epath.Path | None) -> epath.Path | None:
+    """The converted directory from which a run, and those that it goes on from, once started; None if from nothing.
+
+    Args:
+      path: as `locate` returns it; None is no start.
+    """
+    while path is not None and not store.is_converted(path):
+        with Checkpoints(path.parent, read_only=True) as checkpoints:
+            start = start_of(checkpoints.meta(int(path.name)), path.parent.parent)
+        path = epath.Path(start) if start else None
+    return path
+
+
 def record_of(start: str | None, stage_directory: epath.Path) -> str | None:
     """The record that `start_of` reads."""
     workdir = f"{stage_directory.parent}/"

@@ -153,6 +153,5 @@ def test_what_all_stages_of_the_published_size_share_is_set_once():
             2,
             1024,
         )
-        assert run.teacher_tokenizer == "gs://b/converted/teacher_tokenizer"
         assert run.init == ("gs://b/converted" if name == "pretrain" else None)
         assert all(source.path.startswith("gs://b/rows/") for source in run.data.sources)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from unialign_jax import convert, exports, pretrained
-from unialign_jax.checkpoints import Checkpoints
+from unialign_jax.checkpoints import Checkpoints, DamagedCheckpoint
 from unialign_jax.data import scenes
 from unialign_jax.data.schedule import next_stream
 from unialign_jax.data.tokenizer import Tokenizer
@@ -201,6 +201,17 @@ def test_one_stage_alone_needs_the_one_before(finished, corpus, tmp_path):
     elsewhere.steps = 1
     assert stages.train(elsewhere, tmp_path)
     assert_identical(saved(tmp_path, "unify", step=1), saved(finished, "unify", step=1))
+
+
+def test_a_damaged_last_step_is_named_and_can_be_gone_back_from(finished, corpus, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run/personalize/checkpoints/2/meta/metadata").unlink()
+    config = make_config(corpus)
+    with pytest.raises(DamagedCheckpoint, match=r"step before it is 1: .*--config.stages.personalize.resume_step"):
+        stages.train(config, tmp_path / "run")
+    config.stages.personalize.resume_step = 1
+    assert stages.train(config, tmp_path / "run")
+    assert_identical(saved(tmp_path / "run", "personalize"), saved(finished, "personalize"))
 
 
 def test_a_finished_stage_whose_config_has_changed_is_refused(finished, corpus):

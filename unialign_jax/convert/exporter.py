@@ -65,7 +65,7 @@ def to_torch(
         networks,
         target,
         tokenizer=source / "tokenizer",
-        teacher_tokenizer=source / "teacher_tokenizer",
+        teacher_tokenizer=source / store.TEACHER_TOKENIZER,
         shard_size=shard_size,
         progress=progress,
     )

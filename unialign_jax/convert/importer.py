@@ -109,7 +109,7 @@ def to_jax(
             streams = {row.path: _stream(row, part.tensors, bar.update) for row in part.rows}
             store.save_network(partial / network, streams)
         workspace.copy_tokenizer(folders.tokenizer, partial / "tokenizer")
-        workspace.copy_tokenizer(folders.teacher, partial / "teacher_tokenizer")
+        workspace.copy_tokenizer(folders.teacher, partial / store.TEACHER_TOKENIZER)
         configs.write_json(partial / store.MODEL_FILE, model)
     transformer = components["transformer"]
     report = Report(target, sizes, transformer.initialised, transformer.dropped)

@@ -33,8 +33,8 @@ def attend(
         of its own segment. Padding and absent references carry a segment of their own, so real tokens never see them.
       backend: one of `BACKENDS`.
         "xla": plain einsums, anywhere; keeps the `[B, H, S, S]` weights in memory.
-        "cpu": one head of one sample after the other, in a few megabytes: XLA gives products with batch axes to its own
-          loops on CPUs, plain ones to a library that is several times as fast.
+        "cpu": one head of one sample after the other: XLA gives products with batch axes to its own CPU loops, plain
+          ones to a library that is several times as fast. Takes a few megabytes forward; training keeps all weights.
         "splash": the TPU kernel; on other platforms it is interpreted, which is exact and slow. "splash:640" sets the
         side of its blocks, in tokens.
         "cudnn": the kernel of NVIDIA GPUs; bfloat16 and float16 only.

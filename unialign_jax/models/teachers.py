@@ -23,6 +23,10 @@ class Teacher(Protocol):
     def dim(self) -> int:
         """Width of both kinds of vector."""
 
+    @property
+    def vocab_size(self) -> int:
+        """How many ids it knows."""
+
     def init(self, key: jax.Array) -> Params:
         """Random parameters, float32, boxed with logical axis names (see `flax.linen.unbox`)."""
 
@@ -60,6 +64,11 @@ class QwenTeacher:
     def dim(self) -> int:
         """Width of both kinds of vector: the language model's."""
         return self.config.out_hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids it knows."""
+        return self.config.vocab_size
 
     @property
     def _tower(self) -> QwenVisionTower:

@@ -91,7 +91,7 @@ def train(
 
         # Text becomes ids. The tokenizer is part of the run: samplers of its checkpoints read it from the directory.
         tokenizer = _make_tokenizer(run, init, directory / "tokenizer", resuming=resume_step is not None)
-        teacher_tokenizer = tokenizers.of_teacher(run, tokenizer)
+        teacher_tokenizer = tokenizers.of_teacher(run, networks, tokenizer, init)
         _check_vocabulary(networks, tokenizer)
 
         # The data: endless batches, each of one source. Every process makes the rows that its devices hold.

@@ -74,7 +74,7 @@ def precompute(
     program = Program(dataclasses.replace(run, micro_batches=1, data=batches), mesh)
     init = str(pretrained.locate(run.init)) if run.init else None
     tokenizer = tokenizers.make(run, init)
-    teacher_tokenizer = tokenizers.of_teacher(run, tokenizer)
+    teacher_tokenizer = tokenizers.of_teacher(run, program.networks, tokenizer, init)
     opened = tuple(open_source(source) for source in run.data.sources)
     streams = make_streams(run.data, opened, tokenizer, teacher_tokenizer)
     if sources:

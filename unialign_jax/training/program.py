@@ -60,7 +60,7 @@ class Program:
         for size in run.data.sizes():
             self._check_size(*size)
         boxed = self.networks.abstract()
-        params = jax.tree.map(_placed, nn.unbox(boxed), parallel.param_shardings(boxed, mesh))
+        params = jax.tree.map(parallel.placed, nn.unbox(boxed), parallel.param_shardings(boxed, mesh))
         run.tuning.check(params)
         # The text encoder is always read: it encodes the masked captions.
         unread = {CACHED[part] for part in run.cached if part != "instructions"}
@@ -237,7 +237,7 @@ class Program:
         state = jax.eval_shape(lambda params: create_state(params, self.run.optimizer), params)
         opt_state = optax.tree_utils.tree_map_params(
             make_optimizer(self.run.optimizer),
-            lambda leaf, param: leaf if isinstance(leaf, optax.MaskedNode) else _placed(leaf, param.sharding),
+            lambda leaf, param: leaf if isinstance(leaf, optax.MaskedNode) else parallel.placed(leaf, param.sharding),
             state.opt_state,
             params,
             transform_non_params=self._whole,
@@ -247,8 +247,4 @@ class Program:
         return TrainState(self._whole(state.step), params, opt_state, ema)
 
     def _whole(self, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return _placed(leaf, parallel.replicated(self.mesh))
-
-
-def _placed(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return parallel.placed(leaf, parallel.replicated(self.mesh))

@@ -102,7 +102,7 @@ class RunConfig:
       source_names: the names, in the order of `data.sources`.
       objective, optimizer: see their classes; the mask and end tokens follow from the tokenizer.
       tokenizer: of the text encoder.
-      teacher_tokenizer: directory of the teacher's; None: the teacher reads the text encoder's ids.
+      teacher_tokenizer: directory of the teacher's; None: see `tokenizers.of_teacher`.
       after: name of the stage that this one goes on from, see `stages`; None: it starts from `init` alone.
       trained, frozen, lora: which parameters are trained, see `tuning.Tuning`.
       init: what to start from: a run's stage directory (its newest step), a step in one, or a converted directory;

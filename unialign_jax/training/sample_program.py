@@ -33,7 +33,7 @@ class SampleProgram:
         parallel.check_heads(mesh, self.networks.transformer.config.num_attention_heads)
         boxed = {name: tree for name, tree in self.networks.abstract().items() if name != "teacher"}
         placed = parallel.param_shardings(boxed, mesh)
-        self.params = jax.tree.map(_placed, nn.unbox(boxed), placed)
+        self.params = jax.tree.map(parallel.placed, nn.unbox(boxed), placed)
 
     def parts(self, source: SourceConfig) -> dict[str, Any]:
         """The program's arguments by what they are for."""
@@ -97,7 +97,3 @@ class SampleProgram:
         shape = (batch, source.references)
         references = jax.ShapeDtypeStruct((*shape, data.height, data.width, 3), jnp.uint8, sharding=split)
         return seeds, ids, negative, references, jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=split)
-
-
-def _placed(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -64,6 +64,7 @@ def check_unchanged(saved: Mapping[str, Any], current: Mapping[str, Any], allowe
         shown = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in refused.items())
         raise ConfigChanged(
             f"the config differs from the one this run was saved with: {shown}. Restore these values, use another "
-            f"--workdir, or allow the change with --config.allow_changed={','.join(refused)}"
+            f"--workdir, or allow the change with --config.allow_changed={','.join(refused)} "
+            f"(--config.stages.{current.get('stage')}.allow_changed where the config has several stages)"
         )
     return found

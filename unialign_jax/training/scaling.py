@@ -86,7 +86,13 @@ CASES = (
 
 
 def read_config(config: ml_collections.ConfigDict) -> run_config.RunConfig:
-    """A config whose data need not be there: paths that are not set stay so."""
+    """A config whose data need not be there: paths that are not set stay so.
+
+    Raises:
+      ValueError: it has several stages.
+    """
+    if "stages" in config:
+        raise ValueError(f"name one stage, as in --config=FILE.py:{next(iter(config.stages))}; a program is of one")
     for source in config.data.sources.values():
         if source.path is None:
             source.path = "(not read)"

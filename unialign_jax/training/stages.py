@@ -115,8 +115,8 @@ def _is_finished(stage: ml_collections.ConfigDict, run: RunConfig, workdir: epat
       ConfigChanged: it has, or has taken other steps than these, with another config.
     """
     directory = storage.absolute(workdir) / run.stage
-    step, _ = _progress(directory)
-    if step is None or step < run.steps:
+    step = max(agreement.primary(lambda: saved_steps(directory / "checkpoints")), default=0)
+    if step < run.steps:
         return False
     with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
         if not loop.goes_on_from_latest(run, checkpoints, step):

@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from etils import epath
 
 from unialign_jax import pretrained
+from unialign_jax.convert import store
 from unialign_jax.data.samples import Refused
 from unialign_jax.data.sources import SourceConfig, open_source
 from unialign_jax.data.tokenizer import PlainTokenizer, Tokenizer
+from unialign_jax.networks import Networks
 from unialign_jax.training.run_config import RunConfig
 
 
@@ -34,11 +36,36 @@ def make(run: RunConfig, init: str | None) -> Tokenizer:
     return Tokenizer.learn(_texts(run), run.tokenizer.learn_vocab_size)
 
 
-def of_teacher(run: RunConfig, tokenizer: Tokenizer) -> PlainTokenizer | None:
-    """The teacher's: its own, or that of the text encoder; None without a teacher."""
-    if not run.model.get("teacher"):
+def of_teacher(run: RunConfig, networks: Networks, tokenizer: Tokenizer, init: str | None) -> PlainTokenizer | None:
+    """The teacher's: what the config names, else the one that came with its weights, else the text encoder's.
+
+    Args:
+      run: its `teacher_tokenizer`.
+      networks: of the run.
+      tokenizer: of the text encoder.
+      init: see `make`.
+
+    Returns:
+      None without a teacher.
+
+    Raises:
+      FileNotFoundError: there is none, and the text encoder's has other ids than the teacher.
+    """
+    if networks.teacher is None:
         return None
-    return PlainTokenizer.load(run.teacher_tokenizer) if run.teacher_tokenizer else tokenizer
+    if run.teacher_tokenizer:
+        return PlainTokenizer.load(run.teacher_tokenizer)
+    start = pretrained.converted_start(epath.Path(init) if init else None)
+    if start is not None and (start / store.TEACHER_TOKENIZER).is_dir():
+        return PlainTokenizer.load(start / store.TEACHER_TOKENIZER)
+    sizes = networks.teacher.vocab_size, networks.text_encoder.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise FileNotFoundError(
+            f"the teacher ({sizes[0]} ids) can't read the text encoder's ids ({sizes[1]}), and "
+            + (f"{start} has no {store.TEACHER_TOKENIZER}" if start else "the run starts from no converted directory")
+            + ": set teacher_tokenizer to the directory of its tokenizer"
+        )
+    return tokenizer
 
 
 def _texts(run: RunConfig) -> Iterator[str]:

@@ -40,7 +40,8 @@ def prepare(topology: str, slices: int = 1) -> None:
     variables = accelerator_flags.environment(_generation(topology), slices)
     for name, flags in variables.items():
         os.environ[name] = f"{flags} {os.environ.get(name, '')}".strip()  # what the user has set comes last, and wins
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if not jax.config.jax_platforms:  # the environment has been read: JAX is imported above
+        jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server to ask
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling takes no device that others could want
 
@@ -128,7 +129,7 @@ def judge(
         verdict
         | memory
         | {
-            "attention": _attention(module, run),
+            "attention": _attention(module),
             "collectives": _summary(transfers, where),
             "activation_gathers": _activation_gathers(transfers, built.parts(bucket)),
         }
@@ -186,7 +187,7 @@ def _held(tree: Any) -> int:
     )
 
 
-def _attention(module: hlo.Module, run: RunConfig) -> str:
+def _attention(module: hlo.Module) -> str:
     """The transformer's attention kernel, as it stands in the program."""
     found = {re.sub(r"_mha.*", "", name) for name in hlo.kernels(module)}
     return "+".join(sorted(found)) or "xla"

@@ -31,15 +31,16 @@ class _RemoteFile:
         self._content.write(data)
 
     def flush(self) -> None:
+        # An outage, whatever the client raises, must not end the run. Nothing is lost yet: the next flush writes all.
         try:
             self._path.write_bytes(self._content.getvalue())
-        except OSError as error:  # an outage must not end the run, and nothing is lost yet: the next flush writes all
+        except Exception as error:
             logging.warning("%s could not be written, will try again: %s", self._path, error)
 
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            self._path.write_bytes(self._content.getvalue())
+            self.flush()
 
 
 class _RemoteFiles:
