@@ -118,6 +118,14 @@ def test_adapters_are_split_as_their_kernels_are():
     assert names(made.frozen) == names(made.params)
 
 
+def test_kernels_are_in_the_compute_dtype_unless_they_are_trained_or_adapted():
+    made = program(**{"dtype": "bfloat16", "lora.rank": 4, "lora.targets": ("transformer/blocks/*/query",)})
+    flat = flax.traverse_util.flatten_dict(made.frozen, sep="/")
+    coarse = {name for name, leaf in flat.items() if leaf.dtype == jnp.bfloat16}
+    assert coarse == {name for name in flat if name.endswith("/kernel") and "/query/" not in name}
+    assert {leaf.dtype for leaf in jax.tree.leaves(program().params)} == {jnp.dtype("float32")}
+
+
 def test_frozen_parameters_have_no_moments():
     adam = {"optimizer.muon": False}
     whole, part = program(**adam), program(frozen=("text_encoder", "transformer/blocks/text"), **adam)

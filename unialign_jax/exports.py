@@ -37,12 +37,14 @@ def to_jax(
     if convert.is_converted(path):
         raise convert.ConversionError(f"{path} is a converted checkpoint already; copy it")
     config = pretrained.config_of(path)
+    start = pretrained.converted_start(path) if config["model"].get("teacher") else None
     return convert.write_jax(
         config["model"],
         _in_turn(path, config["model"], average),
         target,
         sampling=pretrained.sampling_of(config),
         tokenizer=pretrained.tokenizer_directory(path),
+        teacher_tokenizer=start / convert.store.TEACHER_TOKENIZER if start else None,
         progress=progress,
     )
 

@@ -208,8 +208,9 @@ def _converted_params(path: epath.Path, abstract: Mapping[str, Any]) -> dict[str
         found = {tuple(leaf.split("/")): jax.ShapeDtypeStruct(x.shape, jnp.float32) for leaf, x in stored.items()}
         if differences := describe_differences(found, flat_leaves(_in_float32(tree)), prefix=f"{name}/"):
             raise ValueError(f"{path}: its {name} is not the config's: {differences}")
-        dtype = jax.tree.leaves(tree)[0].dtype
-        params[name] = store.restore_network(path, name, dtype=dtype, shardings=_shardings(tree))
+        dtypes = {leaf.dtype for leaf in jax.tree.leaves(tree)}
+        dtype = dtypes.pop() if len(dtypes) == 1 else jnp.float32
+        params[name] = _cast(store.restore_network(path, name, dtype=dtype, shardings=_shardings(tree)), tree)
     return params
 
 

@@ -93,6 +93,19 @@ class Tuning:
         kept = {path: leaf for path, leaf in _flat(params) if self.lora.rank or not self._is_changed("/".join(path))}
         return flax.traverse_util.unflatten_dict(kept)
 
+    def cast_frozen_kernels(self, abstract: Params, dtype: jnp.dtype) -> Params:
+        """A model's `jax.ShapeDtypeStruct`s with `dtype` for the kernels of linear layers and convolutions that are not
+        changed. Layers cast them to their compute dtype anyway; biases, norms and tables are small or used as they are.
+        """
+
+        def cast(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            if not name.endswith("/kernel") or self._is_changed(name):
+                return leaf
+            return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+
+        return jax.tree.map_with_path(cast, abstract)
+
     def merge(self, frozen: Params, trained: Params) -> Params:
         """The whole model of both parts, adapters added to their kernels; differentiable."""
         return merge(frozen, trained, lora_scale=self.lora.scale)

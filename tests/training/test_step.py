@@ -13,6 +13,7 @@ from unialign_jax.networks import build_networks
 from unialign_jax.objectives import Objective
 from unialign_jax.state import OptimizerConfig, apply_gradients, create_state
 from unialign_jax.training.step import make_train_step
+from unialign_jax.tuning import Tuning
 
 MODEL = {
     "pixel_codec": {"patch": 2},
@@ -94,6 +95,20 @@ def test_bfloat16_loss_stays_within_two_percent_of_float32():
     _, coarse, _ = run(50, dtype="bfloat16")
     assert exact[-5:].mean() < 0.9 * exact[:5].mean()  # it does learn: the comparison is not of two constants
     np.testing.assert_allclose(coarse, exact, rtol=0.02)
+
+
+def test_kernels_of_frozen_networks_may_be_kept_in_the_compute_dtype():
+    """Every layer casts them to it: the step is the same bit for bit."""
+    _, params, frozen = setup("bfloat16")
+    wanted = Tuning().cast_frozen_kernels(jax.eval_shape(lambda: params | frozen), jnp.bfloat16)
+    cast = jax.tree.map(lambda x, like: x.astype(like.dtype), frozen, {name: wanted[name] for name in frozen})
+    kept = {leaf.dtype for leaf in jax.tree.leaves({name: wanted[name] for name in params})}
+    assert kept == {jnp.dtype("float32")}
+    for network, count in (("text_encoder", 7), ("teacher", 7)):
+        assert sum(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(cast[network])) >= count
+    step, data = step_of("bfloat16"), batch(references=1)
+    expected, found = (step(create_state(params, OPTIMIZER), f, data, jax.random.key(7)) for f in (frozen, cast))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_terms_are_reported_and_sum_to_the_loss():

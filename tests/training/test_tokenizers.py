@@ -59,9 +59,7 @@ def test_ids_are_shared_only_where_both_know_as_many(converted, mine):
     run = types.SimpleNamespace(teacher_tokenizer=None)
     assert tokenizers.of_teacher(run, networks(None), mine, None) is None
     assert tokenizers.of_teacher(run, networks(40), mine, None) is mine
-    with pytest.raises(
-        FileNotFoundError, match=r"teacher \(50 ids\).*\(40\).*no converted directory"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"teacher \(50 ids\).*\(40\).*no converted directory"):
         tokenizers.of_teacher(run, networks(50), mine, None)
     (converted / store.TEACHER_TOKENIZER).rename(converted / "elsewhere")
     with pytest.raises(FileNotFoundError, match="converted has no teacher_tokenizer"):

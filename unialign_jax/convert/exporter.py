@@ -142,6 +142,7 @@ def write_jax(
     *,
     sampling: Mapping[str, Any],
     tokenizer: epath.Path | pathlib.Path,
+    teacher_tokenizer: epath.Path | pathlib.Path | None = None,
     progress: bool = True,
 ) -> Report:
     """Writes networks as a converted directory, each read when its turn comes.
@@ -151,7 +152,7 @@ def write_jax(
       networks: network -> parameters, nested or by "/"-joined path; leaves are `Leaf`s. A pixel codec has none.
       target: a local directory that does not exist or is empty.
       sampling: what a sampler takes where it is told nothing else, see `store.read_config`.
-      tokenizer: directory to copy the tokenizer's files from.
+      tokenizer, teacher_tokenizer: directories to copy tokenizer files from; of the teacher's may be none.
       progress: whether to show a progress bar on standard error.
 
     Raises:
@@ -173,6 +174,7 @@ def write_jax(
             del streams  # which holds the network while the next one is read
             bar.update(sizes[network])
         workspace.copy_tokenizer(tokenizer, partial / "tokenizer")
+        workspace.copy_tokenizer(teacher_tokenizer, partial / store.TEACHER_TOKENIZER)
         facts = {
             "scheduler": configs.SCHEDULER,
             "dtypes": {k: sorted({str(array.dtype) for array in arrays.values()}) for k, arrays in leaves.items()},

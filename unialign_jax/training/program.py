@@ -40,8 +40,8 @@ class Program:
     Attributes:
       run, mesh: as given.
       networks: built from `run.model`.
-      params: the parameters of the networks that the step reads, by name, float32, as trees of `jax.ShapeDtypeStruct`
-        with shardings.
+      params: the parameters of the networks that the step reads, by name, as trees of `jax.ShapeDtypeStruct` with
+        shardings; float32, but kernels that stay as they are have the compute dtype, to which every use casts them.
       unread: likewise those of the networks that it does not read, because a cache holds what they make.
       state, frozen, key: the step's arguments, as such trees. `frozen` holds those of `params` that are not trained.
 
@@ -62,6 +62,7 @@ class Program:
         boxed = self.networks.abstract()
         params = jax.tree.map(parallel.placed, nn.unbox(boxed), parallel.param_shardings(boxed, mesh))
         run.tuning.check(params)
+        params = run.tuning.cast_frozen_kernels(params, jnp.dtype(run.dtype))
         # The text encoder is always read: it encodes the masked captions.
         unread = {CACHED[part] for part in run.cached if part != "instructions"}
         self.params = {name: tree for name, tree in params.items() if name not in unread}
