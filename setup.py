@@ -41,6 +41,7 @@ setup(
         "numpy>=2.0",
         "pillow>=11",
         "safetensors>=0.5",
+        "scipy>=1.13",
         "tokenizers>=0.21",
         "tqdm>=4.67",
     ],

@@ -8,7 +8,7 @@ import ml_collections
 from ml_collections import config_dict
 
 STAGES = ("photos",)
-VOCABULARY = 2048
+VOCABULARY = 512  # what the captions of a hundred photographs yield
 TEXT_LENGTH = 64
 IMAGE = 48  # pixels
 WIDTH, HEADS = 128, 4
@@ -86,7 +86,9 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
 
     config.data = {
         "root": "",
-        "sources": {"photos": {"path": "data/photos/generate.jsonl", "task": "generate", "weight": 1.0}},
+        "sources": {
+            "photos": {"path": "data/photos/generate.jsonl", "format": "rows", "task": "generate", "weight": 1.0}
+        },
         "global_batch": 16,
         "height": IMAGE,
         "width": IMAGE,

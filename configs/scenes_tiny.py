@@ -11,7 +11,7 @@ from ml_collections import config_dict
 
 STAGES = ("pretrain", "unify", "personalize")
 STEPS = {"pretrain": 3_000, "unify": 5_000, "personalize": 2_000}
-QUICK_STEPS = {"pretrain": 800, "unify": 300, "personalize": 140}
+QUICK_STEPS = {"pretrain": 950, "unify": 300, "personalize": 140}
 LEARNING_RATES = {"pretrain": 4e-3, "unify": 3e-3, "personalize": 2e-3}
 # The language has 122 words, with their commas: at this size each is one token, so that 32 hold every text and its end.
 VOCABULARY = 256
@@ -45,7 +45,8 @@ def _make_quick(stage: str, config: ml_collections.ConfigDict) -> None:
     sources.caption.image_pass = 0.0  # twice as many captions in the same time
     sources.caption.weight = 3.0
     if config.after is None:
-        sources.generate.text_pass = 1.0  # what has both passes trains all terms
+        sources.generate.update(task="caption", text_pass=1.0)  # what has both passes trains all terms
+        config.optimizer.decay_steps = QUICK_STEPS[stage] * 5 // 4  # still learning when it ends
     else:
         del sources["generate"]  # edits rehearse drawing too, and a step less is compiled
         config.optimizer.learning_rate = 2e-3  # what was read is forgotten at more
@@ -59,6 +60,7 @@ def _make_quick(stage: str, config: ml_collections.ConfigDict) -> None:
 def _source(task: str, weight: float, references: int = 0, **passes: float) -> dict:
     return {
         "path": f"{task}.jsonl",
+        "format": "rows",
         "task": task,
         "references": references,
         "weight": weight,

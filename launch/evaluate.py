@@ -21,7 +21,7 @@ _CHECKPOINT = flags.DEFINE_string(
 _BENCHMARK = flags.DEFINE_enum("benchmark", "scenes", ("scenes",), "What to score on.")
 _OUTPUT = flags.DEFINE_string("output", None, "Directory for scores and pictures; created if absent.")
 _TASKS = flags.DEFINE_list("tasks", list(TASKS), "Which tasks.")
-_SETS = flags.DEFINE_list("sets", ["test"], "Held-out sets of scenes: " + ", ".join(SETS) + ".")
+_SETS = flags.DEFINE_list("sets", ["test"], "Sets of scenes, all but train held out: " + ", ".join(SETS) + ".")
 _THINGS = flags.DEFINE_list("things", ["1-2", "3-4"], "Numbers of things in the scenes, a table for each: 1-2, 3, ...")
 _COUNT = flags.DEFINE_integer("count", 200, "Examples per task and table.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", None, "Steps of images and of texts.", lower_bound=1)

@@ -3,7 +3,7 @@
 # scenes, trains the three stages of a small recipe, scores the result and the checkpoint that comes with the package on
 # held-out scenes, converts to PyTorch, and writes a page about all of it.
 #   bash launch/quickstart.sh
-# Everything is written to runs/quickstart; see report.html there.
+# Everything is written to runs/quickstart, in place of what is there; see report.html in it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -22,6 +22,10 @@ if [ ! -x "$python" ]; then
   say "installing into .venv" "20 minutes"
   "${PYTHON:-python3}" -m venv .venv
 fi
+"$python" -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' || {
+  echo "launch/quickstart.sh: .venv has no pip, or a Python older than 3.11; remove .venv, and set PYTHON to a newer one" >&2
+  exit 1
+}
 "$python" -m pip install --quiet --disable-pip-version-check -e .
 rm -rf "$out"
 mkdir -p "$out"

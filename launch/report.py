@@ -27,14 +27,20 @@ def main() -> None:
         if not (label and found and directory):
             raise ValueError(f"--scores={text}: expected LABEL=DIR")
         evaluations[label] = directory
+    from unialign_jax import storage
     from unialign_jax.evaluation import report
 
+    output = storage.absolute(_OUTPUT.value)
     metrics = report.write(
-        _OUTPUT.value, title=_TITLE.value, workdir=_WORKDIR.value, stages=_STAGES.value, evaluations=evaluations
+        output,
+        title=_TITLE.value,
+        workdir=storage.absolute(_WORKDIR.value),
+        stages=_STAGES.value,
+        evaluations={label: storage.absolute(directory) for label, directory in evaluations.items()},
     )
     for name, change in metrics["losses"].items():
         print(f"{name}: {change['first']:.4g} -> {change['last']:.4g} ({change['ratio']:.0%})")
-    print(f"{_OUTPUT.value}/report.html, {_OUTPUT.value}/metrics.json")
+    print(f"{output}/report.html, {output}/metrics.json")
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def test_a_barrier_names_who_is_missing(count, start):
 
 def test_a_process_that_does_not_start_is_named_to_the_others():
     environments, arguments = by_hand(3)
-    outcomes = run_all([environments[0], environments[2]], [arguments[0], arguments[2]], timeout=2)
+    outcomes = run_all([environments[0], environments[2]], [arguments[0], arguments[2]], timeout=15)
     for code, output, errors in outcomes:
         assert code != 0 and f"at {arguments[0][0]}" in output
         assert "2/3" in errors and "timed out task names:\n1\n" in errors

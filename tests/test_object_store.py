@@ -10,10 +10,10 @@ import importlib.util
 import json
 import pathlib
 import re
+import sys
 import threading
 import urllib.parse
 
-import fsspec
 import jax
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from etils import epath
 from etils.epath import backend
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import _registry
 from orbax.checkpoint._src.path import gcs_utils
 from tensorboardX.proto.event_pb2 import Event
 
@@ -138,14 +139,22 @@ def bucket(tmp_path_factory):
         patch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{server.server_port}")
         patch.setenv("GCE_METADATA_ROOT", f"127.0.0.1:{server.server_port}")  # there are no credentials to be found
         patch.setattr(gcs_utils, "is_hierarchical_namespace_enabled", lambda path: False)
-        fsspec.register_implementation("gcs", Objects, clobber=True)
+        patch.setitem(_registry, "gcs", Objects)
         backend.fsspec_backend._get_filesystem.cache_clear()
         yield "gs://bucket"
         backend.fsspec_backend._get_filesystem.cache_clear()
     server.shutdown()
 
 
-def test_paths():
+def test_a_missing_client_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    monkeypatch.delitem(_registry, "gcs", raising=False)
+    with pytest.raises(ValueError, match=r"gs://bucket/a: .*pip install 'unialign_jax\[gcs\]'"):
+        storage.absolute("gs://bucket/a")
+
+
+def test_paths(monkeypatch):
+    monkeypatch.setitem(_registry, "gcs", Objects)
     assert str(storage.absolute("gs://bucket/a")) == "gs://bucket/a" and storage.is_remote(epath.Path("gs://bucket"))
     assert storage.absolute("a") == epath.Path(pathlib.Path.cwd() / "a") and not storage.is_remote("a")
 

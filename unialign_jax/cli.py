@@ -14,8 +14,9 @@ _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code an er
 def run(main: Callable[[], None]) -> None:
     """Runs an absl program whose flags are already defined; does not return.
 
-    Wrong flags and config overrides, missing or unreadable files, and every `ValueError` that this package raises
-    become one line and exit code 1. All other exceptions are defects of the program and keep their traceback.
+    Wrong flags and config overrides, missing or unreadable files, every `ValueError` that this package raises, and too
+    little device memory become one line and exit code 1. All other exceptions are defects of the program and keep their
+    traceback.
 
     Args:
       main: called without arguments; an argument that is no flag is refused.
@@ -30,6 +31,14 @@ def run(main: Callable[[], None]) -> None:
             if _TRACEBACK.value or not (isinstance(error, OSError) or _raised_by_us(error)):
                 raise
             _exit(_message(error))
+        except RuntimeError as error:  # JAX's own class of them, which is not loaded for its name alone
+            if _TRACEBACK.value or "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            _exit(
+                f"the device's memory is full: {str(error).splitlines()[0]} Take a smaller batch (--batch; in training "
+                "--config.data.global_batch, or more --config.micro_batches and --config.remat=full), smaller images, "
+                "or more devices"
+            )
 
     app.run(guarded, flags_parser=_parse)
 

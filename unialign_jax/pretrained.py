@@ -126,6 +126,10 @@ def _locate(path: epath.Path) -> epath.Path:
     stages = sorted(p.parent.name for p in path.glob("*/checkpoints")) if path.is_dir() else []
     if stages:
         raise FileNotFoundError(f"{path} holds several stages of a run; name one: {', '.join(stages)}")
+    if path.name in shipped():
+        raise FileNotFoundError(
+            f"{path} is no checkpoint, and hides the shipped one of that name; rename it, or start this elsewhere"
+        )
     raise FileNotFoundError(
         f"{path} is no checkpoint: expected a run's stage directory (with checkpoints/), a step in it, a converted "
         f"directory (with {store.MODEL_FILE}), a public pipeline directory (with transformer/), or the name of a "

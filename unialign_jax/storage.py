@@ -9,6 +9,7 @@ import pathlib
 import tempfile
 from collections.abc import Iterator
 
+import fsspec
 from etils import epath
 
 
@@ -18,7 +19,16 @@ def is_remote(path: epath.PathLike) -> bool:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """The path without `~` and, if local, from the root on."""
+    """The path without `~` and, if local, from the root on.
+
+    Raises:
+      ValueError: it is in Google Cloud Storage, whose client is not installed.
+    """
+    if str(path).startswith("gs://"):
+        try:
+            fsspec.get_filesystem_class("gcs")
+        except ImportError as error:
+            raise ValueError(f"{path}: gs:// needs another package: pip install 'unialign_jax[gcs]'") from error
     return epath.Path(path) if is_remote(path) else epath.Path(path).expanduser().resolve()
 
 

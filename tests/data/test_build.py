@@ -4,7 +4,6 @@ import io
 import json
 import pickle
 
-import fsspec
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -12,6 +11,7 @@ from etils import epath
 from etils.epath import backend
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import _registry
 from PIL import Image
 
 from unialign_jax.data import build as building
@@ -59,7 +59,7 @@ def test_every_kind_of_sample_comes_back_as_it_was(tmp_path, encoded):
 
 
 @pytest.fixture
-def bucket(tmp_path):
+def bucket(tmp_path, monkeypatch):
     """An object store's address; what is in it lies in the folder "store". Only `epath` can write there."""
 
     class Objects(DirFileSystem):
@@ -78,7 +78,7 @@ def bucket(tmp_path):
 
         rename = mv
 
-    fsspec.register_implementation("gcs", Objects, clobber=True)
+    monkeypatch.setitem(_registry, "gcs", Objects)
     backend.fsspec_backend._get_filesystem.cache_clear()
     yield "gs://bucket"
     backend.fsspec_backend._get_filesystem.cache_clear()
@@ -128,6 +128,8 @@ def test_an_interrupted_build_goes_on_and_ends_alike(tmp_path, write_rows, monke
     monkeypatch.setattr(building, "_write_shard", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build(source, tmp_path / "parts", rows_per_shard=5, refused_share=0.1)
+    with pytest.raises(ValueError, match="was begun with first_row = .*'task': 'generate'.*not .*'task': 'caption'"):
+        build(JsonlSource(source.path, "caption"), tmp_path / "parts", rows_per_shard=5)
     with pytest.raises(ValueError, match="was begun with rows_per_shard = 5, not 6"):
         build(source, tmp_path / "parts", rows_per_shard=6)
     report = build(source, tmp_path / "parts", rows_per_shard=5, refused_share=0.1)

@@ -1,12 +1,18 @@
 """The report page from a run's event files and an evaluation's directory."""
 
 import json
+import os
+import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 
 from unialign_jax.evaluation import evaluate, report
 from unialign_jax.training.writers import SummaryWriter, read_scalars
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def write_run(workdir):
@@ -65,6 +71,25 @@ def test_the_page_holds_everything(knowing, tmp_path):
     assert row.index("100.0%") < row.index("0.0%") and f"n = {count}" in row
     # Two models, two grids and eight images with captions each; nothing is loaded from elsewhere.
     assert len(re.findall('src="data:image/png;base64', page)) == 2 * (2 + 8) == page.count("src=")
+
+
+def test_the_command(knowing, tmp_path):
+    write_run(tmp_path / "run")
+    evaluate.evaluate_scenes(
+        knowing(), tmp_path / "scores", tasks=["generate"], subsets=["test"], things=[(1,), (2,)], count=2
+    )
+    arguments = [f"--workdir={tmp_path}/run", f"--output={tmp_path}/page", f"--scores=it={tmp_path}/scores"]
+    command = [sys.executable, str(ROOT / "launch" / "report.py"), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "generate/image: 8 -> 3 (38%)" in done.stdout
+    assert {"test, 1 things", "test, 2 things"} == set(
+        json.loads((tmp_path / "page" / "metrics.json").read_text())["scores"]["it"]
+    )
+    command[2] = f"--workdir={tmp_path}/typo"
+    refused = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert refused.returncode == 1 and "typo: expected a run, with any of pretrain" in refused.stderr
 
 
 def test_an_evaluation_that_is_not_there_is_named(tmp_path):

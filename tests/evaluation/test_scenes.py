@@ -1,6 +1,7 @@
 """The scenes benchmark on models whose scores are known: one that reads and draws perfectly, and spoilt ones."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -59,6 +60,32 @@ def test_files_hold_what_was_made(knowing, tmp_path):
     np.testing.assert_array_equal(picture[:32, :98], evaluate.image_grid(np.stack([source, target, target]), 3))
 
 
+def test_tables_of_several_sets_and_numbers_are_kept_one_by_one(knowing, tmp_path, monkeypatch):
+    everything = {"tasks": ["generate"], "subsets": ["test", "relations"], "things": [(1, 2), (3,)], "count": 2}
+    tables = evaluate.evaluate_scenes(knowing(), tmp_path / "all", **everything)
+    names = ["test, 1-2 things", "test, 3 things", "relations, 1-2 things", "relations, 3 things"]
+    assert list(tables) == names == list(json.loads((tmp_path / "all" / "scores.json").read_text())["tables"])
+    assert re.findall("## (.*)", (tmp_path / "all" / "scores.md").read_text()) == names
+    assert {path.parent.name for path in (tmp_path / "all").glob("*/*.png")} == {
+        "test-1-2", "test-3", "relations-1-2", "relations-3",
+    }  # fmt: skip
+    # What can't be is said before anything is sampled; what fails later leaves the tables before it.
+    with pytest.raises(ValueError, match="compositions have at most 3 things"):
+        evaluate.evaluate_scenes(None, tmp_path / "none", **everything | {"tasks": ["compose"], "things": [(1,), (4,)]})
+    assert not (tmp_path / "none").exists()
+    run = scenes.run
+
+    def run_until_three(*args, counts, **kwargs):
+        if counts == (3,):
+            raise OSError("the machine is gone")
+        return run(*args, counts=counts, **kwargs)
+
+    monkeypatch.setattr(scenes, "run", run_until_three)
+    with pytest.raises(OSError, match="is gone"):
+        evaluate.evaluate_scenes(knowing(), tmp_path / "part", **everything)
+    assert list(json.loads((tmp_path / "part" / "scores.json").read_text())["tables"]) == names[:1]
+
+
 def test_sizes_that_scenes_cannot_be_read_at_are_refused(knowing):
     model = knowing()
     for size in ((16, 16), (32, 48)):
@@ -75,10 +102,12 @@ def test_share_is_wilsons_interval(right, of):
     assert (estimate.value, estimate.samples) == (right / of, of)
 
 
-def test_mean_is_the_normal_interval():
-    values = np.random.default_rng(0).uniform(size=50)
+def test_mean_is_students_interval():
+    values = np.random.default_rng(0).uniform(0.3, 0.6, size=5)
     estimate = metrics.mean(list(values))
-    expected = stats.norm.interval(0.95, loc=values.mean(), scale=stats.sem(values))
+    expected = stats.t.interval(0.95, 4, loc=values.mean(), scale=stats.sem(values))
     np.testing.assert_allclose([estimate.low, estimate.high], expected, atol=1e-6)
+    equal = metrics.mean([1.0] * 5)  # which is no proof that all are
+    assert (equal.value, equal.low, equal.high) == (1.0, metrics.share([True] * 5).low, 1.0)
     with pytest.raises(ValueError, match="no samples"):
         metrics.mean([])

@@ -201,15 +201,14 @@ def test_a_worker_gives_up_after_its_restarts(checkout):
 
 def test_a_worker_that_is_stopped_lets_the_program_save_and_does_not_start_again(checkout):
     (checkout / "train.sh").write_text(
-        "trap 'sleep 0.3; echo saved > saved; exit 75' TERM; for i in {1..200}; do sleep 0.1; done"
+        "trap 'sleep 0.3; echo saved > saved; exit 75' TERM; touch ready; for i in {1..200}; do sleep 0.1; done"
     )
     worker = subprocess.Popen(["bash", str(checkout / "launch/tpu_vm.sh"), *WORK], cwd=checkout, stdout=subprocess.PIPE)
     try:
         for _ in range(200):
-            if (checkout / "calls").exists():
+            if (checkout / "ready").exists():
                 break
             time.sleep(0.05)
-        time.sleep(0.2)
         worker.send_signal(signal.SIGTERM)
         output, _ = worker.communicate(timeout=20)
     finally:

@@ -14,6 +14,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from unialign_jax.models import attention
 from unialign_jax.models.attention import attend
 from unialign_jax.models.attention_kernels import RESIDUALS, block_size
 
@@ -139,6 +140,7 @@ def lowered(mesh, platform, backend, shape, segmented=False, dtype=jnp.bfloat16)
 
 
 def test_auto_takes_the_kernel_of_the_platform(monkeypatch, caplog):
+    attention._warn_once.cache_clear()  # what other tests have been told
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
     shape = (1, 200, 2, 64)
     assert lowered(TPU(data=1), "tpu", "auto", shape).count("tpu_custom_call") == 2

@@ -241,6 +241,16 @@ def test_stages_that_make_no_sequence_are_refused(corpus, tmp_path, stage, chang
     assert not list(tmp_path.iterdir())
 
 
+def test_the_quick_recipe_trains_every_task_and_every_term():
+    config = runpy.run_path(str(CONFIGS / "scenes_tiny.py"))["get_config"]("quick")
+    runs = {name: run_config.read(stage, name) for name, stage in config.stages.items()}
+    assert stages.in_order(runs) == list(NAMES)
+    assert any(source.image_pass and source.text_pass for source in runs["pretrain"].data.sources)
+    sources = {name for run in runs.values() for name in run.source_names}
+    assert sources == {"generate", "caption", "edit", "perceive", "answer", "compose"}
+    assert all(run.checkpoint.every == run.steps for run in runs.values())
+
+
 @pytest.mark.parametrize("family", ["scenes_tiny", "sd3_medium"])
 def test_earlier_tasks_are_rehearsed_by_their_weights(family):
     config = runpy.run_path(str(CONFIGS / f"{family}.py"))["get_config"]("all")

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import tqdm
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epath
 
-from unialign_jax import agreement, storage
+from unialign_jax import agreement, cli, storage
 from unialign_jax.data import images
 from unialign_jax.data.report import CorpusError
 from unialign_jax.data.samples import Cause, Refused
@@ -158,9 +158,7 @@ def _measure(source: Source, row: int) -> tuple[int, int]:
         return 0, 0  # counted and named when the row is read
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+def main() -> None:
     source = open_source(SourceConfig(_SOURCE.value, _FORMAT.value))
     sizes = target_sizes(source)
     print(f"{len(sizes)} rows, of which {int((sizes.min(axis=1) == 0).sum())} can't be used: {source.sizes_path}")
@@ -169,4 +167,4 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     _SOURCE = flags.DEFINE_string("source", None, "File or directory, see sources.SourceConfig.", required=True)
     _FORMAT = flags.DEFINE_enum("format", "rows", FORMATS, "What it is.")
-    app.run(main)
+    cli.run(main)

@@ -7,6 +7,7 @@ OUTPUT/SET-THINGS/TASK.png   the first examples: references | what was made | tr
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from unialign_jax.data.scenes import usable_counts
 from unialign_jax.evaluation import scenes
 from unialign_jax.inference.presets import Protocol
 from unialign_jax.pipeline import UniAlignPipeline
@@ -48,32 +50,42 @@ def evaluate_scenes(
 
     Returns:
       Scores by table: "test, 1-2 things" and so on.
+
+    Raises:
+      ValueError: a task has no scenes of such a set and so many things. Nothing has been sampled by then.
     """
+    for subset, counts, task in itertools.product(subsets, things, tasks):
+        usable_counts(task, subset, counts)
     directory = epath.Path(output)
     directory.mkdir(parents=True, exist_ok=True)
     tables: dict[str, list[scenes.Score]] = {}
-    lines = []
-    for subset in subsets:
-        for counts in things:
-            span = f"{min(counts)}-{max(counts)}" if len(counts) > 1 else str(counts[0])
-            name = f"{subset}, {span} things"
-            tables[name] = []
-            for task in tasks:
-                outputs = scenes.run(pipeline, task, count, subset=subset, counts=counts, protocol=protocol)
-                tables[name] += scenes.summarize(outputs)
-                lines += [_line(name, item) for item in outputs]
-                folder = directory / f"{subset}-{span}"
-                folder.mkdir(exist_ok=True)
-                with (folder / f"{task}.png").open("wb") as file:
-                    Image.fromarray(grid(outputs[:_SHOWN], pipeline.size[0])).save(file, "PNG")
     facts = {**(about or {}), "count": count, "seed": scenes.SEED, "protocol": dataclasses.asdict(protocol)}
+    lines = []
+    for subset, counts in itertools.product(subsets, things):
+        span = f"{min(counts)}-{max(counts)}" if len(counts) > 1 else str(counts[0])
+        name = f"{subset}, {span} things"
+        tables[name] = []
+        for task in tasks:
+            outputs = scenes.run(pipeline, task, count, subset=subset, counts=counts, protocol=protocol)
+            tables[name] += scenes.summarize(outputs)
+            lines += [_line(name, item) for item in outputs]
+            folder = directory / f"{subset}-{span}"
+            folder.mkdir(exist_ok=True)
+            with (folder / f"{task}.png").open("wb") as file:
+                Image.fromarray(grid(outputs[:_SHOWN], pipeline.size[0])).save(file, "PNG")
+        _write_scores(directory, facts, tables, lines)  # with each table: an interrupted evaluation keeps the others
+    return tables
+
+
+def _write_scores(
+    directory: epath.Path, facts: Mapping[str, Any], tables: Mapping[str, list[scenes.Score]], lines: Sequence[str]
+) -> None:
     scored = {name: [dataclasses.asdict(score) for score in scores] for name, scores in tables.items()}
-    (directory / "scores.json").write_text(json.dumps({**facts, "tables": scored}, indent=1))
+    (directory / "outputs.jsonl").write_text("".join(lines))
     (directory / "scores.md").write_text(
         "\n\n".join(f"## {name}\n\n{scenes.table(scores)}" for name, scores in tables.items()) + "\n"
     )
-    (directory / "outputs.jsonl").write_text("".join(lines))
-    return tables
+    (directory / "scores.json").write_text(json.dumps({**facts, "tables": scored}, indent=1))
 
 
 def grid(outputs: Sequence[scenes.Output], size: int) -> np.ndarray:

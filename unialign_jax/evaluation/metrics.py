@@ -4,6 +4,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from scipy import stats
+
 _Z = 1.959964  # two-sided 95 % of a normal distribution
 
 
@@ -29,7 +31,10 @@ def share(right: Sequence[bool]) -> Estimate:
       ValueError: no samples.
     """
     count = _count(right)
-    value = sum(map(bool, right)) / count
+    return _wilson(sum(map(bool, right)) / count, count)
+
+
+def _wilson(value: float, count: int) -> Estimate:
     spread = _Z**2 / count
     centre = (value + spread / 2) / (1 + spread)
     half = math.sqrt(value * (1 - value) * spread + spread**2 / 4) / (1 + spread)
@@ -37,7 +42,9 @@ def share(right: Sequence[bool]) -> Estimate:
 
 
 def mean(values: Sequence[float]) -> Estimate:
-    """The mean of scores in [0, 1], with the normal interval from their own spread; of one sample it is [0, 1].
+    """The mean of scores in [0, 1], with the interval from their own spread (Student's t).
+
+    Of one sample it is [0, 1]. Equal scores have no spread to tell of: as if they were shares, Wilson's interval.
 
     Raises:
       ValueError: no samples.
@@ -47,7 +54,9 @@ def mean(values: Sequence[float]) -> Estimate:
     if count == 1:
         return Estimate(value, 0.0, 1.0, count)
     variance = math.fsum((x - value) ** 2 for x in values) / (count - 1)
-    half = _Z * math.sqrt(variance / count)
+    if not variance:
+        return _wilson(value, count)
+    half = float(stats.t.ppf(0.975, count - 1)) * math.sqrt(variance / count)
     return Estimate(value, max(value - half, 0.0), min(value + half, 1.0), count)
 
 

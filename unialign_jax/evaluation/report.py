@@ -83,15 +83,18 @@ def write(
       What metrics.json holds.
 
     Raises:
-      FileNotFoundError: one of the directories holds no scores.
+      FileNotFoundError: the run has none of these stages, or one of the directories is not whole.
     """
+    if not any((epath.Path(workdir) / stage).is_dir() for stage in stages):
+        raise FileNotFoundError(f"{workdir}: expected a run, with any of {', '.join(stages)} in it")
     losses, ends = curves(workdir, stages)
     scores = {}
     for label, directory in evaluations.items():
-        file = epath.Path(directory) / "scores.json"
-        if not file.exists():
-            raise FileNotFoundError(f"{file}: not found; write it with launch/evaluate.py --output={directory}")
-        scores[label] = json.loads(file.read_text())
+        for name in ("scores.json", "outputs.jsonl"):
+            file = epath.Path(directory) / name
+            if not file.exists():
+                raise FileNotFoundError(f"{file}: not found; write it with launch/evaluate.py --output={directory}")
+        scores[label] = json.loads((epath.Path(directory) / "scores.json").read_text())
     metrics = {"losses": changes(losses), "scores": {label: facts["tables"] for label, facts in scores.items()}}
     body = [f"<h1>{html.escape(title)}</h1>", *_losses(losses, ends, metrics["losses"]), *_tables(scores)]
     for label, directory in evaluations.items():

@@ -33,7 +33,13 @@ def make(run: RunConfig, init: str | None) -> Tokenizer:
             f"{run.stage} starts from random parameters, which have no tokenizer: set init, tokenizer.path or "
             "tokenizer.learn_vocab_size"
         )
-    return Tokenizer.learn(_texts(run), run.tokenizer.learn_vocab_size)
+    try:
+        return Tokenizer.learn(_texts(run), run.tokenizer.learn_vocab_size)
+    except ValueError as error:
+        raise ValueError(
+            f"tokenizer.learn_vocab_size: {error} (model.text_encoder.vocab_size, model.transformer.vocab_size and its "
+            "mask_token_id, one less, go with it)"
+        ) from error
 
 
 def of_teacher(run: RunConfig, networks: Networks, tokenizer: Tokenizer, init: str | None) -> PlainTokenizer | None:

@@ -126,8 +126,14 @@ def test_what_cant_be_drawn():
         draw("paint", 0)
     with pytest.raises(ValueError, match="no set 'valid'; there are train"):
         draw("edit", 0, subset="valid")
-    with pytest.raises(ValueError, match="expected numbers from 1 to"):
+    with pytest.raises(ValueError, match="counts is .4,., but compositions have at most 3 things"):
         draw("compose", 0, counts=(4,))
+    for counts in ((), (0,), (5, 1)):
+        with pytest.raises(ValueError, match="expected numbers of things from 1 to 4"):
+            draw("generate", 0, counts=counts)
+    for task in TASKS:  # none of them searches for ever
+        with pytest.raises(ValueError, match="'relations' needs at least 2 things"):
+            draw(task, 0, subset="relations", counts=(1,))
 
 
 def test_a_small_vocabulary_holds_the_language():

@@ -9,7 +9,7 @@ caption, an answer) can be checked exactly. See docs/scenes.md. Two ways to file
 
 from unialign_jax.data.scenes.corpus import write_corpus
 from unialign_jax.data.scenes.rendering import MAPS, render, render_map
-from unialign_jax.data.scenes.tasks import SETS, Example, Picture, draw
+from unialign_jax.data.scenes.tasks import SETS, Example, Picture, draw, usable_counts
 from unialign_jax.data.scenes.world import Scene, Thing, draw_scene, split_of
 
 __all__ = [
@@ -24,5 +24,6 @@ __all__ = [
     "render",
     "render_map",
     "split_of",
+    "usable_counts",
     "write_corpus",
 ]

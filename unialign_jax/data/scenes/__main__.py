@@ -3,24 +3,24 @@
 python -m unialign_jax.data.scenes --target=DIR --count=N
 """
 
-from collections.abc import Sequence
+from absl import flags
 
-from absl import app, flags
-
+from unialign_jax import cli, storage
 from unialign_jax.data.samples import TASKS
-from unialign_jax.data.scenes import SETS, write_corpus
+from unialign_jax.data.scenes import SETS, usable_counts, write_corpus
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+def main() -> None:
+    counts = [int(count) for count in _THINGS.value]
+    for task in _TASKS.value:  # before anything is written
+        usable_counts(task, _SUBSET.value, counts)
     write_corpus(
-        _TARGET.value,
+        storage.absolute(_TARGET.value),
         _COUNT.value,
         _SIZE.value,
         _SEED.value,
         subset=_SUBSET.value,
-        counts=[int(count) for count in _THINGS.value],
+        counts=counts,
         chosen=_TASKS.value,
     )
     print(f"{_COUNT.value} scenes a task: {', '.join(f'{_TARGET.value}/{task}.jsonl' for task in _TASKS.value)}")
@@ -34,4 +34,4 @@ if __name__ == "__main__":
     _SUBSET = flags.DEFINE_enum("subset", "train", SETS, "What the scenes are for; all but train are held out.")
     _THINGS = flags.DEFINE_multi_enum("things", ["1", "2", "3", "4"], list("1234"), "Numbers of things to draw from.")
     _TASKS = flags.DEFINE_multi_enum("task", list(TASKS), TASKS, "Tasks to write; all by default.")
-    app.run(main)
+    cli.run(main)

@@ -120,15 +120,30 @@ def draw(
     Raises:
       ValueError: no such task or set, or counts that allow no example.
     """
+    counts = usable_counts(task, subset, counts)
+    rng = np.random.default_rng([seed, SETS.index(subset), TASKS.index(task), index])
+    held_out = subset == "wordings"
+    return _DRAW[task](rng, "test" if held_out else subset, counts, held_out)
+
+
+def usable_counts(task: str, subset: str, counts: Sequence[int]) -> list[int]:
+    """Those numbers of things that target scenes of a task can have.
+
+    Raises:
+      ValueError: no such task, set or number, or none of the numbers can be.
+    """
     if task not in TASKS:
         raise ValueError(f"no task {task!r}; the tasks are {', '.join(TASKS)}")
     if subset not in SETS:
         raise ValueError(f"no set {subset!r}; there are {', '.join(SETS)}")
-    if task == "compose":
-        counts = [count for count in counts if count < MOST_THINGS]
-    rng = np.random.default_rng([seed, SETS.index(subset), TASKS.index(task), index])
-    held_out = subset == "wordings"
-    return _DRAW[task](rng, "test" if held_out else subset, counts, held_out)
+    if not counts or not all(1 <= count <= MOST_THINGS for count in counts):
+        raise ValueError(f"counts is {tuple(counts)}, expected numbers of things from 1 to {MOST_THINGS}")
+    usable = [count for count in counts if task != "compose" or count < MOST_THINGS]
+    if not usable:
+        raise ValueError(f"counts is {tuple(counts)}, but compositions have at most {MOST_THINGS - 1} things")
+    if subset == "relations" and max(usable) < 2:
+        raise ValueError(f"counts is {tuple(counts)}, but the set 'relations' needs at least 2 things")
+    return usable
 
 
 def _described(task: str, rng: np.random.Generator, split: str, counts: Sequence[int], held_out: bool) -> Example:
