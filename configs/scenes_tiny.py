@@ -11,7 +11,7 @@ from ml_collections import config_dict
 
 STAGES = ("pretrain", "unify", "personalize")
 STEPS = {"pretrain": 3_000, "unify": 5_000, "personalize": 2_000}
-QUICK_STEPS = {"pretrain": 950, "unify": 300, "personalize": 140}
+QUICK_STEPS = {"pretrain": 850, "unify": 250, "personalize": 130}
 LEARNING_RATES = {"pretrain": 4e-3, "unify": 3e-3, "personalize": 2e-3}
 # The language has 122 words, with their commas: at this size each is one token, so that 32 hold every text and its end.
 VOCABULARY = 256

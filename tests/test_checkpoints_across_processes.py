@@ -132,8 +132,10 @@ with distributed.Preemption() as preemption, Checkpoints(directory) as checkpoin
     checkpoints.save(10_000, make_state(10_000, seed=0), {}, {})
     if index == 1:
         os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(3)  # the notice goes round in the background
-    after = [preemption.reached() for _ in range(9)]
+    after = []
+    for _ in range(60):  # both ask equally often, while the notice goes round in the background
+        time.sleep(0.2)
+        after.append(preemption.reached())
 seen = {"before": before, "after": after}
 """
 

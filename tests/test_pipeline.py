@@ -110,9 +110,12 @@ def test_processes_must_ask_for_the_same(monkeypatch):
     """What decides which programs run, by name: else they would wait for each other for ever."""
     made = batches.Batches(parallel.make_mesh("data", jax.devices()[:1]), 4)
     made._mesh = types.SimpleNamespace(is_multi_process=True)
-    monkeypatch.setattr(batches.multihost_utils, "process_allgather", lambda mine: np.stack([mine, mine + [0, 1, 0]]))
-    with pytest.raises(ValueError, match="by process, steps is 28, 29$"):
-        made.check_same(items=3, steps=28, watched=True)
+    other = {"items": 3, "steps": 29, "fast": True}
+    monkeypatch.setattr(batches.agreement, "gather", lambda mine: [mine, other])
+    with pytest.raises(ValueError, match="by process, steps is 28, 29; watched is True, None$"):
+        made.check_same(items=3, steps=28, fast=True, watched=True)
+    other |= {"steps": 28, "watched": True}
+    made.check_same(items=3, steps=28, fast=True, watched=True)
 
 
 def test_paths_of_any_class_are_images(pipeline, tmp_path):

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import _registry
 
 from unialign_jax import exports, pretrained
 from unialign_jax.checkpoints import Checkpoints
@@ -69,5 +71,6 @@ def test_a_public_directory_is_found_at_home_and_refused_in_a_bucket(golden, tmp
     with pytest.raises(FileNotFoundError, match=f"{tmp_path}/public holds no tokenizer"):
         pretrained.load("~/public")
     monkeypatch.setattr(pretrained, "is_public", lambda directory: True)
+    monkeypatch.setitem(_registry, "gcs", LocalFileSystem)
     with pytest.raises(ConversionError, match=r"gs://bucket/public: .* copy it here first"):
         pretrained.load("gs://bucket/public")

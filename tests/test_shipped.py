@@ -38,3 +38,16 @@ def test_a_task_on_held_out_scenes(pipeline, task):
     outputs = scenes.run(pipeline, task, COUNT)
     right = sum(all(output.scores.values()) for output in outputs)
     assert right >= AT_LEAST[task], [output.scores for output in outputs]
+
+
+def test_perception_of_held_out_scenes(pipeline):
+    """Maps of all four kinds, each better than anything that does not look at the image."""
+    good = {"mIoU": 0.4, "F1": 0.7, "exact": 1.0}  # depth has an error instead
+    outputs = scenes.run(pipeline, "perceive", 2 * COUNT)
+    assert {output.example.kind for output in outputs} == {"segmentation", "edges", "pose", "depth"}
+    fine = [
+        score < 0.06 if name == "error" else score >= good[name]
+        for output in outputs
+        for name, score in output.scores.items()
+    ]
+    assert sum(fine) >= 1.5 * COUNT, [output.scores for output in outputs]

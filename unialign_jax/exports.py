@@ -37,14 +37,16 @@ def to_jax(
     if convert.is_converted(path):
         raise convert.ConversionError(f"{path} is a converted checkpoint already; copy it")
     config = pretrained.config_of(path)
-    start = pretrained.converted_start(path) if config["model"].get("teacher") else None
+    has_teacher, teacher_tokenizer = config["model"].get("teacher"), config.get("teacher_tokenizer")
+    if has_teacher and not teacher_tokenizer and (start := pretrained.converted_start(path)):
+        teacher_tokenizer = start / convert.store.TEACHER_TOKENIZER
     return convert.write_jax(
         config["model"],
         _in_turn(path, config["model"], average),
         target,
         sampling=pretrained.sampling_of(config),
         tokenizer=pretrained.tokenizer_directory(path),
-        teacher_tokenizer=start / convert.store.TEACHER_TOKENIZER if start else None,
+        teacher_tokenizer=epath.Path(teacher_tokenizer) if has_teacher and teacher_tokenizer else None,
         progress=progress,
     )
 

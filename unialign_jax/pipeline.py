@@ -157,7 +157,10 @@ class UniAlignPipeline:
         prompt: str | Sequence[str],
         **options: Unpack[ImageOptions],
     ) -> Any:
-        """One or more reference images and a prompt -> image; for a list of prompts, as many of these in a list."""
+        """One or more reference images and a prompt -> image; for a list of prompts, a list of as many lists.
+
+        Among several lists some may be empty.
+        """
         items = [images] if isinstance(prompt, str) else images
         return self._images(prompt, [[item] if inputs.is_image(item) else list(item) for item in items], **options)
 
@@ -276,14 +279,16 @@ class UniAlignPipeline:
         watched = (self.progress if progress is None else progress) or preview is not None
         if gather:
             self.batches.check_same(
+                makes="images",
                 items=len(prompts),
                 references=0 if references is None else rows[2].shape[1],
                 height=height,
                 width=width,
                 steps=steps,
                 guided_branches=branches,
-                guidance_runs=len(runs),
+                guidance_runs=runs,
                 watched=watched,
+                previewed=preview is not None,
                 latents=output == "latent",
             )
 
@@ -352,7 +357,7 @@ class UniAlignPipeline:
         pictures = np.stack([inputs.pixels(item, height, width) for item in images])
         if gather:
             request = {"items": len(images), "height": height, "width": width, "steps": steps, "fast": fast}
-            self.batches.check_same(**request, length=length)
+            self.batches.check_same(makes="texts", **request, length=length)
         program = programs.text_program(
             self.networks, self.mesh, steps, fast, self.tokenizer.mask_id, self.tokenizer.end_id
         )

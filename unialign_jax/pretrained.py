@@ -126,7 +126,7 @@ def _locate(path: epath.Path) -> epath.Path:
     stages = sorted(p.parent.name for p in path.glob("*/checkpoints")) if path.is_dir() else []
     if stages:
         raise FileNotFoundError(f"{path} holds several stages of a run; name one: {', '.join(stages)}")
-    if path.name in shipped():
+    if path.is_dir() and path.name in shipped() and path == storage.absolute(path.name):
         raise FileNotFoundError(
             f"{path} is no checkpoint, and hides the shipped one of that name; rename it, or start this elsewhere"
         )
@@ -300,9 +300,12 @@ def converted_start(path: epath.Path | None) -> epath.Path | None:
     """The converted directory from which a run, and those that it goes on from, once started; None if from nothing.
 
     Args:
-      path: as `locate` returns it; None is no start.
+      path: of a checkpoint; None is no start.
+
+    Raises:
+      FileNotFoundError: one of the starts is gone.
     """
-    while path is not None and not store.is_converted(path):
+    while path is not None and not store.is_converted(path := locate(path)):
         with Checkpoints(path.parent, read_only=True) as checkpoints:
             start = start_of(checkpoints.meta(int(path.name)), path.parent.parent)
         path = epath.Path(start) if start else None

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 Params = Any
 ADAPTERS = ("lora_a", "lora_b")
+FLOAT32_LAYERS = ("autoencoder/*/conv_out",)  # see `models.autoencoder`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,12 +96,13 @@ class Tuning:
 
     def cast_frozen_kernels(self, abstract: Params, dtype: jnp.dtype) -> Params:
         """A model's `jax.ShapeDtypeStruct`s with `dtype` for the kernels of linear layers and convolutions that are not
-        changed. Layers cast them to their compute dtype anyway; biases, norms and tables are small or used as they are.
+        changed. Layers cast them to their compute dtype anyway; biases, norms and tables are small or used as they are,
+        and so is what computes in float32 always (`FLOAT32_LAYERS`).
         """
 
         def cast(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            if not name.endswith("/kernel") or self._is_changed(name):
+            if not name.endswith("/kernel") or _matches(name, FLOAT32_LAYERS) or self._is_changed(name):
                 return leaf
             return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
 

@@ -158,6 +158,10 @@ def test_a_run_goes_on_with_the_step_that_it_began_with(stage, tmp_path):
     shutil.copytree(checkpoints / "3", checkpoints / "4")
     assert make("out") == whole
     assert Image.open(tmp_path / "out/007.png").text["checkpoint"] == str(checkpoints / "3")
+    (tmp_path / "out/007.png").unlink()
+    (checkpoints / "3").rename(tmp_path / "3")
+    with pytest.raises(ValueError, match="checkpoints/3, which training has removed"):
+        make("out")
     make("later")
     assert Image.open(tmp_path / "later/007.png").text["checkpoint"] == str(checkpoints / "4")
 

@@ -106,6 +106,20 @@ def test_kernels_of_frozen_networks_may_be_kept_in_the_compute_dtype():
     assert kept == {jnp.dtype("float32")}
     for network, count in (("text_encoder", 7), ("teacher", 7)):
         assert sum(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(cast[network])) >= count
+    autoencoder = {"block_out_channels": (4, 8), "latent_channels": 3, "layers_per_block": 1, "norm_num_groups": 2}
+    model = MODEL | {
+        "autoencoder": autoencoder,
+        "transformer": MODEL["transformer"] | {"in_channels": 3, "out_channels": 3},
+    }
+    whole = build_networks(model | {"pixel_codec": None}, dtype="bfloat16")
+    params_of_whole = whole.init(jax.random.key(1))
+    wanted = Tuning().cast_frozen_kernels(jax.eval_shape(lambda: params_of_whole), jnp.bfloat16)
+    halved = jax.tree.map(lambda x, like: x.astype(like.dtype), params_of_whole, wanted)
+    assert sum(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(halved["autoencoder"])) > 20
+    for made in (whole.image_moments, lambda p, data: whole.codec.decode(p["autoencoder"], jnp.ones((2, 8, 8, 3)))):
+        pair = (np.asarray(jax.jit(made)(p, batch(size=2))) for p in (params_of_whole, halved))
+        np.testing.assert_array_equal(*pair)
+
     step, data = step_of("bfloat16"), batch(references=1)
     expected, found = (step(create_state(params, OPTIMIZER), f, data, jax.random.key(7)) for f in (frozen, cast))
     jax.tree.map(np.testing.assert_array_equal, found, expected)

@@ -47,7 +47,7 @@ def test_it_comes_with_the_weights_however_many_stages_ago(converted, mine, tmp_
     assert theirs != mine.fingerprint()
     starts = {"pretrain": str(converted), "unify": "../pretrain/checkpoints/7"}
     for stage in starts:
-        (tmp_path / "run" / stage / "checkpoints").mkdir(parents=True)
+        (tmp_path / "run" / stage / "checkpoints" / {"pretrain": "7", "unify": "9"}[stage]).mkdir(parents=True)
     monkeypatch.setattr(Checkpoints, "meta", lambda self, step: {"init": starts[self.directory.parent.name]})
     unify = tmp_path / "run" / "unify" / "checkpoints" / "9"
     assert tokenizers.of_teacher(run, networks(50), mine, str(unify)).fingerprint() == theirs

@@ -1,13 +1,14 @@
 """Lists of any length on a mesh: cut into a few compiled sizes, placed as one global array, fetched again."""
 
 import math
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from unialign_jax import parallel
+from unialign_jax import agreement, parallel
 
 
 class Batches:
@@ -93,23 +94,23 @@ class Batches:
             rows[start:stop] = process == jax.process_index()
         return rows
 
-    def check_same(self, **request: int) -> None:
+    def check_same(self, **request: Any) -> None:
         """Refuses a request that is not the same in all processes of the mesh; they would wait for ever.
 
         Args:
-          request: by name, all that decides which programs run, and how often.
+          request: by name, all that decides which programs run, and how often: numbers and names, or lists of them.
 
         Raises:
           ValueError: another process was asked for something else.
         """
         if not self._mesh.is_multi_process:
             return
-        mine = np.asarray(list(request.values()), np.int64)
-        everyone = multihost_utils.process_allgather(mine)
-        if not (everyone == mine).all():
-            differing = [
-                f"{name} is {', '.join(map(str, values))}"
-                for name, values in zip(request, everyone.T.tolist(), strict=True)
-                if len(set(values)) > 1
-            ]
+        everyone = agreement.gather({name: np.asarray(value).tolist() for name, value in request.items()})
+        names = sorted({name for one in everyone for name in one})
+        differing = [
+            f"{name} is {', '.join(str(one.get(name)) for one in everyone)}"
+            for name in names
+            if any(one.get(name) != everyone[0].get(name) for one in everyone)
+        ]
+        if differing:
             raise ValueError(f"every process must make the same request; by process, {'; '.join(differing)}")

@@ -106,7 +106,8 @@ def sample(job: Job) -> Result:
     batch = _batch_size(job, mesh, rows.count)
     unit = batch if job.format == "png" and job.task not in TEXT_TASKS else -(-job.shard_rows // batch) * batch
     directory = storage.absolute(job.output)
-    newest = str(pretrained.locate(job.checkpoint) if pretrained.is_run(job.checkpoint) else job.checkpoint)
+    is_run = agreement.primary(lambda: pretrained.is_run(job.checkpoint), ValueError)
+    newest = str(pretrained.locate(job.checkpoint) if is_run else job.checkpoint)
     weights = agreement.primary(lambda: _claim(job, directory, rows, batch, unit, newest), ValueError)
     agreement.everywhere(lambda: _check_seen(directory), ValueError)
     output = make_output(job.format, directory, job.task, rows.count)
@@ -218,15 +219,22 @@ def _claim(job: Job, directory: epath.Path, rows: Rows, batch: int, unit: int, n
     changed = [f"{key} was {found.get(key)!r} and is {value!r}" for key, value in settings.items()
                if found.get(key) != value]  # fmt: skip
     # A run that failed before it made anything leaves its settings, which bind nobody.
-    if found and changed and any(path.name != SETTINGS_FILE for path in directory.iterdir()):
+    binding = bool(found) and any(path.name != SETTINGS_FILE for path in directory.iterdir())
+    if binding and changed:
         raise ValueError(
             f"{directory} holds another sampling run ({'; '.join(changed)}); go on with its settings, or choose "
             "another directory"
         )
-    if changed:
+    if not binding:
         found = settings | {"weights": newest}
         write_whole(file, json.dumps(found, indent=2, ensure_ascii=False).encode() + b"\n")
-    return found["weights"]
+    weights = found.get("weights", newest)
+    if weights != newest and not epath.Path(weights).exists():
+        raise ValueError(
+            f"{directory} was begun with {weights}, which training has removed since: choose another directory, and "
+            "keep what is sampled from (checkpoint.keep_period)"
+        )
+    return weights
 
 
 def _check_seen(directory: epath.Path) -> None:
