@@ -6,6 +6,7 @@ from etils import epath
 
 from unialign_jax import pretrained
 from unialign_jax.convert import store
+from unialign_jax.data.report import CorpusError
 from unialign_jax.data.samples import Refused
 from unialign_jax.data.sources import SourceConfig, open_source
 from unialign_jax.data.tokenizer import PlainTokenizer, Tokenizer
@@ -22,6 +23,7 @@ def make(run: RunConfig, init: str | None) -> Tokenizer:
 
     Raises:
       FileNotFoundError: there is no tokenizer where there should be one.
+      CorpusError: the texts to learn from can't be read.
       ValueError: nothing says which; see also `Tokenizer.load` and `Tokenizer.learn`.
     """
     if run.tokenizer.path is not None:
@@ -35,6 +37,8 @@ def make(run: RunConfig, init: str | None) -> Tokenizer:
         )
     try:
         return Tokenizer.learn(_texts(run), run.tokenizer.learn_vocab_size)
+    except CorpusError:  # about the texts, not about the size
+        raise
     except ValueError as error:
         raise ValueError(
             f"tokenizer.learn_vocab_size: {error} (model.text_encoder.vocab_size, model.transformer.vocab_size and its "
