@@ -153,19 +153,23 @@ def make_table(path: epath.PathLike) -> None:
     the cases that are judged by then, so that an interrupted run leaves one, and the next goes on.
 
     Raises:
-      ValueError: a case could not be judged; or the file has no marker that says where the table begins.
+      ValueError: cases that could not be judged, after all others; or the file has no marker that says where the table
+        begins.
     """
     path = epath.Path(path)
     files = {case: path.parent / path.stem / f"{case.name}.json" for case in CASES}
     _write_table(path, files.values())
+    failed = []
     for case, file in files.items():
         if file.exists():
             continue
         print(f"compiling {case.name}", flush=True)
         done = subprocess.run(case.command(file), check=False, capture_output=True, text=True)
         if done.returncode:
-            raise ValueError(f"{case.name}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+            failed.append(f"{case.name}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
         _write_table(path, files.values())
+    if failed:
+        raise ValueError("; ".join(failed))
 
 
 def _write_table(path: epath.Path, files: Iterable[epath.Path]) -> None:

@@ -85,7 +85,8 @@ def judge(
       Plain JSON values; see `docs/scaling.md` for what each means.
 
     Raises:
-      ValueError: a topology, source or program that is not there, or a mesh that the run does not fit.
+      ValueError: a topology, source or program that is not there, a mesh that the run does not fit, or a program whose
+        collectives can't be read.
     """
     if program not in PROGRAMS:
         raise ValueError(f"no program {program!r}; there are {', '.join(PROGRAMS)}")
@@ -124,6 +125,11 @@ def judge(
         epath.Path(hlo_file).write_text(text)
     module = hlo.Module(text)
     transfers = collectives.read(module, dict(mesh.shape))
+    if not transfers and program == "train" and mesh.size > 1:
+        raise ValueError(
+            f"in the program for {topology} no collectives were found, though gradients must cross the devices: its "
+            "compiler writes them in a way that is not read yet (training/collectives.py; --hlo writes the program down)"
+        )
     times = roofline.estimate(module, transfers, where)
     return (
         verdict
