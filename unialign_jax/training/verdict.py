@@ -128,7 +128,7 @@ def judge(
     if not transfers and program == "train" and mesh.size > 1:
         raise ValueError(
             f"in the program for {topology} no collectives were found, though gradients must cross the devices: its "
-            "compiler writes them in a way that is not read yet (training/collectives.py; --hlo writes the program down)"
+            "compiler writes them as is not read yet (training/collectives.py; --hlo writes the program down)"
         )
     times = roofline.estimate(module, transfers, where)
     return (
