@@ -37,16 +37,13 @@ def to_jax(
     if convert.is_converted(path):
         raise convert.ConversionError(f"{path} is a converted checkpoint already; copy it")
     config = pretrained.config_of(path)
-    has_teacher, teacher_tokenizer = config["model"].get("teacher"), config.get("teacher_tokenizer")
-    if has_teacher and not teacher_tokenizer and (start := pretrained.converted_start(path)):
-        teacher_tokenizer = start / convert.store.TEACHER_TOKENIZER
     return convert.write_jax(
         config["model"],
         _in_turn(path, config["model"], average),
         target,
         sampling=pretrained.sampling_of(config),
         tokenizer=pretrained.tokenizer_directory(path),
-        teacher_tokenizer=epath.Path(teacher_tokenizer) if has_teacher and teacher_tokenizer else None,
+        teacher_tokenizer=_teacher_tokenizer(path, config),
         progress=progress,
     )
 
@@ -73,6 +70,16 @@ def to_torch(
     networks = _in_turn(path, model | {"teacher": None}, average)
     tokenizer = pretrained.tokenizer_directory(path)
     return convert.write_torch(model, networks, target, tokenizer=tokenizer, progress=progress)
+
+
+def _teacher_tokenizer(path: epath.Path, config: Mapping[str, Any]) -> epath.Path | None:
+    """Where the tokenizer of a run's teacher may be, by the rules of `training.tokenizers.of_teacher`."""
+    if not config["model"].get("teacher"):
+        return None
+    if named := config.get("teacher_tokenizer"):
+        return epath.Path(named)
+    start = pretrained.converted_start(path)
+    return start / convert.store.TEACHER_TOKENIZER if start else None
 
 
 @dataclasses.dataclass(frozen=True)

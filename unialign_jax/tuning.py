@@ -95,9 +95,14 @@ class Tuning:
         return flax.traverse_util.unflatten_dict(kept)
 
     def cast_frozen_kernels(self, abstract: Params, dtype: jnp.dtype) -> Params:
-        """A model's `jax.ShapeDtypeStruct`s with `dtype` for the kernels of linear layers and convolutions that are not
-        changed. Layers cast them to their compute dtype anyway; biases, norms and tables are small or used as they are,
-        and so is what computes in float32 always (`FLOAT32_LAYERS`).
+        """A model's description with `dtype` for the kernels of linear layers and convolutions that are not changed.
+
+        Layers cast them to their compute dtype anyway. Biases, norms and tables are small or used as they are, and so
+        is what computes in float32 always (`FLOAT32_LAYERS`).
+
+        Args:
+          abstract: `jax.ShapeDtypeStruct`s of some or all networks by name, float32.
+          dtype: the compute dtype.
         """
 
         def cast(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
