@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding
 
 from unialign_jax.models import attention
 from unialign_jax.models.attention import attend
-from unialign_jax.models.attention_kernels import RESIDUALS, block_size
+from unialign_jax.models.attention_kernels import RESIDUALS, block_size, splash
+from unialign_jax.training import verdict
 
 
 def oracle(query, key, value, segments, cotangent):
@@ -193,6 +194,21 @@ def test_block_sizes():
         block = block_size(length, 64, 2)
         assert block % 128 == 0 and block <= 1152
         assert -length % block < 128 + 0.1 * length, length
+
+
+@pytest.mark.parametrize("length", [1152, 2304, 4608])
+def test_blocks_with_segments_fit_the_smallest_vector_memory(length):
+    """The lengths whose blocks are largest, forward and backward, by v5e's compiler; an editing row has 2304 tokens."""
+    verdict.prepare("v5e:2x2")
+    one = SingleDeviceSharding(verdict.describe("v5e:2x2")[0])
+    x = jax.ShapeDtypeStruct((1, length, 2, 64), jnp.bfloat16, sharding=one)
+    ids = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=one)
+
+    def total(query, key, value, segments):
+        return jnp.sum(splash(query, key, value, segments, segments).astype(jnp.float32))
+
+    compiled = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(x, x, x, ids).compile()
+    assert "segmented" in compiled.as_text()
 
 
 @pytest.mark.parametrize(

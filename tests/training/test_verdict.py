@@ -142,6 +142,27 @@ def test_what_does_not_fit_is_refused_before_any_compile():
         verdict.judge(small(), "v5e:4x4", program="dream")
 
 
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom:\nRan out of memory in memory space vmem while "
+            "allocating on stack for %splash_mha_fwd.1 = (f32[4,2304,128]{2,1,0}) custom-call(%a), attributes={\n"
+            '"block_q": 2304\n}}. Scoped allocation with size 16.77M and limit 16.00M exceeded scoped vmem limit',
+            "splash_mha_fwd.1 needs 16.77M of 16.00M of vector memory",
+        ),
+        (
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom:\nXLA:TPU compile permanent error. Ran out of memory in "
+            "memory space hbm. Used 21.09G of 15.75G hbm. Exceeded hbm capacity by 5.34G.",
+            "Used 21.09G of 15.75G hbm",
+        ),
+        ("RESOURCE_EXHAUSTED: something new\nat length", "RESOURCE_EXHAUSTED: something new"),
+    ],
+)
+def test_what_is_too_much_is_said(message, said):
+    assert verdict.out_of_memory(message).startswith(said)
+
+
 def test_a_missing_compiler_is_named_with_its_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"libtpu.* not installed: pip install 'unialign_jax\[tpu\]'"):

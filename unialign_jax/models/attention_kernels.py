@@ -40,19 +40,21 @@ def _largest_block(head_size: int, itemsize: int) -> int:
     return 9 if max(head_size, LANES) * itemsize <= 256 else 4
 
 
-def _block_sizes(block_q: int, block_kv: int, keys: int, largest: int) -> splash_attention.BlockSizes:
-    """The kernel's settings, the same forward and backward, for blocks that divide the padded lengths.
+def _block_sizes(block_q: int, block_kv: int, keys: int, largest: int, segmented: bool) -> splash_attention.BlockSizes:
+    """The kernel's settings for blocks that divide the padded lengths.
 
-    As many blocks of keys as two of the largest hold are fetched at once: the fused backward pass, which makes dQ, dK
-    and dV in five products instead of seven, writes one partial dQ (in the inputs' dtype) per fetch. Logits are made
-    for at most 896 keys at a time, because whole blocks of 1152 spill half the vector memory's worth of registers.
+    The forward pass fetches one block of keys at a time. The backward pass fetches as many as two of the largest hold
+    (2048 keys if segments need their share of vector memory): fused, which makes dQ, dK and dV in five products instead
+    of seven, it writes one partial dQ (in the inputs' dtype) per fetch. Logits are made for at most 896 keys at a time,
+    because whole blocks of 1152 spill half the vector memory's worth of registers.
     """
-    most = max(2 * largest * LANES // block_kv, 1)
+    held = min(2 * largest * LANES, 2048) if segmented else 2 * largest * LANES
+    most = max(held // block_kv, 1)
     fetch = block_kv * max(n for n in range(1, most + 1) if keys // block_kv % n == 0)
     compute = LANES * max(n for n in range(1, 8) if block_kv % (n * LANES) == 0)
     return splash_attention.BlockSizes(
         block_q=block_q,
-        block_kv=fetch,
+        block_kv=block_kv,
         block_kv_compute=compute,
         block_q_dkv=block_q,
         block_kv_dkv=fetch,
@@ -127,9 +129,10 @@ def splash(
     pad_head = ((0, 0), (0, 0), (0, 0), (0, -head_size % HEAD_UNIT))
     query, key, value = (jnp.pad(x.transpose(0, 2, 1, 3), pad_head) for x in (query, key, value))  # [B, H, T, D]
     mask = splash_attention.FullMask((query.shape[2], key.shape[2]))
+    largest = _largest_block(head_size, query.dtype.itemsize)
     kernel = splash_attention.make_splash_mha(
         splash_attention.MultiHeadMask([mask] * heads),
-        block_sizes=_block_sizes(block_q, block_kv, key.shape[2], _largest_block(head_size, query.dtype.itemsize)),
+        block_sizes=_block_sizes(block_q, block_kv, key.shape[2], largest, segmented=key_segments is not None),
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=RESIDUALS,

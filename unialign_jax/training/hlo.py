@@ -20,7 +20,6 @@ _ARRAY = re.compile(r"([a-z]+[0-9a-z]*)\[([0-9,]*)\](?:\{([^}]*)\})?")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # They name or regroup what is there, or end what another instruction began.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota"}
-_CONTROL = {"while", "conditional", "call", "async-start", "async-done", "async-update"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +103,7 @@ class Module:
         for instruction in self.computations[name].values():
             if instruction.opcode == "while":
                 yield from self._steps(instruction.called("body"), times * self.trips(instruction, name))
-            elif instruction.opcode in ("call", "async-start"):
+            elif instruction.opcode in ("call", "call-start", "async-start"):
                 callee = instruction.called("to_apply") or instruction.called("calls")
                 yield from self._steps(callee, times)
             elif instruction.opcode == "conditional":

@@ -118,7 +118,7 @@ def judge(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return verdict | {"fits": False, "compiler": str(error).splitlines()[0]}
+        return verdict | {"fits": False, "compiler": out_of_memory(str(error))}
     memory = _memory(built.parts(bucket), compiled, where.chip)
     text = compiled.as_text()
     if hlo_file is not None:
@@ -141,6 +141,16 @@ def judge(
         }
         | _speed(built, bucket, times, where, chips)
     )
+
+
+def out_of_memory(message: str) -> str:
+    """What a compiler's refusal comes to: the memory that the program asks for, or the kernel that asks too much."""
+    kernel = re.search(r"for %([\w.]+) = .*Scoped allocation with size (\S+) and limit (\S+)", message, re.DOTALL)
+    if kernel:
+        name, asked, limit = kernel.groups()
+        return f"{name} needs {asked} of {limit} of vector memory at any batch; of attention, smaller blocks need less"
+    used = re.search(r"Used \S+ of \S+ hbm", message)
+    return used.group() if used else message.splitlines()[0]
 
 
 def _generation(topology: str) -> str:
