@@ -71,6 +71,42 @@ def test_a_gathered_weight_and_its_scattered_gradient(mesh):
     }
 
 
+def test_what_crosses_slices():
+    """Gradients of a weight that each slice holds whole: a device sums its part with its likes in three slices more."""
+    verdict.prepare("v5e:2x2", 4)
+    mesh = parallel.make_mesh("data=4+fsdp=4", verdict.describe("v5e:2x2", 4))
+
+    def loss(weight, x):
+        return jnp.sum(jnp.sin(jnp.tanh(x) @ weight))
+
+    module = compiled(mesh, jax.grad(loss), ((256, 256), ("fsdp",)), ((64, 256), (("data", "fsdp"),)))
+    found = collectives.read(module, dict(mesh.shape), 4)
+    (crossing,) = [c for c in found if c.axes == "data"]
+    assert (crossing.kind, crossing.group, crossing.times) == ("all-reduce", (0, 4, 8, 12), 1)
+    assert crossing.bytes == 2 * 3 / 4 * (256 * 256 * 4 / 4)
+    (received,) = [step for step in module.steps() if step.instruction.opcode == "recv"]
+    assert module.is_transfer(received) and module.traffic(received) == 256 * 256 * 4 / 4
+
+
+def test_a_call_on_another_core():
+    """tpu7x runs collectives on its sparse cores, as calls that have a start and an end."""
+    text = """%called (p: f32[8,16], t: token[]) -> f32[16,16] {
+  %p = f32[8,16]{1,0} parameter(0)
+  %t = token[] parameter(1)
+  ROOT %gathered = f32[16,16]{1,0} all-gather(%p), replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: f32[8,16]) -> f32[16,16] {
+  %x = f32[8,16]{1,0} parameter(0)
+  %ready = token[] custom-call(), custom_call_target="PrepareAsyncCallDone"
+  %start = ((f32[8,16]{1,0}, token[]), f32[16,16]{1,0}) call-start(%x, %ready), to_apply=%called
+  ROOT %done = f32[16,16]{1,0} call-done(%start)
+}
+"""
+    (found,) = collectives.read(Module(text), {"a": 4, "b": 2})
+    assert (found.kind, found.axes, found.bytes) == ("all-gather", "b", 8 * 16 * 4)
+
+
 @pytest.mark.parametrize(
     ("groups", "axes"),
     [

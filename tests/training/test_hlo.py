@@ -79,6 +79,39 @@ def test_a_slice_counts_and_not_the_stack_and_vector_memory_is_free():
     assert module.traffic(fused) == 256 * 512 * 2 + 4 + 4 * 512 * 2  # weight, counter, result; inputs are in S(1)
 
 
+STACKED = """%retile (old: bf16[6,256,512]) -> bf16[6,256,512] {
+  %old = bf16[6,256,512]{2,1,0:T(16,128)(2,1)} parameter(0)
+  ROOT %copied = bf16[6,256,512]{2,1,0:T(8,128)(2,1)} copy(%old)
+}
+
+%write (stack: bf16[6,256,512], x: bf16[256,512], at: s32[]) -> (bf16[6,256,512], bf16[256,512]) {
+  %stack = bf16[6,256,512]{2,1,0:T(16,128)(2,1)} parameter(0)
+  %tiled = bf16[6,256,512]{2,1,0:T(8,128)(2,1)} fusion(%stack), kind=kLoop, calls=%retile
+  %x = bf16[256,512]{1,0} parameter(1)
+  %negated = bf16[256,512]{1,0} negate(%x)
+  %layer = bf16[1,256,512]{2,1,0} bitcast(%negated)
+  %at = s32[] parameter(2)
+  %nought = s32[] constant(0)
+  %written = bf16[6,256,512]{2,1,0} dynamic-update-slice(%tiled, %layer, %at, %nought, %nought)
+  %back = bf16[6,256,512]{2,1,0:T(16,128)(2,1)} copy(%written)
+  ROOT %both = (bf16[6,256,512]{2,1,0}, bf16[256,512]{1,0}) tuple(%back, %negated)
+}
+
+ENTRY %main (all: bf16[6,256,512], x: bf16[256,512], at: s32[]) -> (bf16[6,256,512], bf16[256,512]) {
+  %all = bf16[6,256,512]{2,1,0:T(16,128)(2,1)} parameter(0)
+  %x.1 = bf16[256,512]{1,0} parameter(1)
+  %at.1 = s32[] parameter(2)
+  ROOT %made = (bf16[6,256,512]{2,1,0}, bf16[256,512]{1,0}) fusion(%all, %x.1, %at.1), kind=kLoop, calls=%write
+}
+"""
+
+
+def test_a_layer_written_in_place_counts_and_not_the_stack_though_tiles_are_rearranged_on_the_way():
+    module = Module(STACKED)
+    (made,) = module.steps()
+    assert module.traffic(made) == 3 * 256 * 512 * 2 + 4  # x, its negative, and that in the stack; the counter
+
+
 def test_kernels_are_found_and_their_products_filled_up_to_the_matrix_unit():
     module = Module(TPU_PROGRAM)
     assert kernels(module) == {"splash_mha_fwd_residuals": 1}

@@ -41,4 +41,5 @@ def test_guidance_and_steps_multiply_the_network(program):
     side = program.networks.latent_shape(program.run.data.height, program.run.data.width)[0] // config.patch_size
     one = flops.image_pass_flops(config, side * side, program.run.data.text_length)
     assert program.model_flops(source) == 32 * 3 * 2 * one
-    assert program.recomputed_flops(source) == 0 < program.frozen_flops(source)
+    # One negative prompt is needed; that all 16 devices encode it is not.
+    assert program.frozen_flops(source) * 15 == program.recomputed_flops(source) * 33 > 0

@@ -3,6 +3,9 @@
 Bytes are those that each device must receive from others for one execution by the best algorithm: of an array of which
 n devices hold parts (or copies), all-gather, reduce-scatter and all-to-all move the (n-1)/n that a device lacks,
 all-reduce twice that, a permutation all of it.
+
+What crosses slices is written as a `send` and a `recv` of the hosts (the "megascale" runtime), each device exchanging
+with those in its place in the other slices.
 """
 
 import dataclasses
@@ -37,7 +40,7 @@ class Collective:
     op_name: str
 
 
-def read(module: Module, mesh_shape: Mapping[str, int]) -> list[Collective]:
+def read(module: Module, mesh_shape: Mapping[str, int], slices: int = 1) -> list[Collective]:
     """All collectives of a program that was compiled for a mesh, in the order of its schedule.
 
     A collective that the compiler has fused with computation appears in several fusions; it counts once.
@@ -45,11 +48,13 @@ def read(module: Module, mesh_shape: Mapping[str, int]) -> list[Collective]:
     Args:
       module: the program.
       mesh_shape: sizes of the mesh axes by name, outermost first.
+      slices: how many slices the outermost axis spans.
     """
     found, seen = [], set()
+    devices = int(np.prod(list(mesh_shape.values())))
     for step in module.steps():
         for inner in (step.instruction, *step.inner):
-            kind = inner.opcode.removesuffix("-start")
+            kind = _kind(inner)
             if kind not in COLLECTIVES:
                 continue
             chain = re.search(r'chain_id="(\d+)"', inner.text)
@@ -57,12 +62,15 @@ def read(module: Module, mesh_shape: Mapping[str, int]) -> list[Collective]:
             if name in seen:
                 continue
             seen.add(name)
-            groups = _groups(inner, int(np.prod(list(mesh_shape.values()))))
+            between_slices = inner.opcode == "recv"
+            groups = np.arange(devices).reshape(slices, -1).T if between_slices else _groups(inner, devices)
             if not len(groups) or len(groups[0]) < 2:
                 continue
             # The result of an asynchronous start holds the operands too, and the context of a permutation.
             arrays = inner.shape
-            if inner.opcode.endswith("-start") and kind != "all-reduce":
+            if between_slices:
+                arrays = arrays[:1]  # beside it a context and a token
+            elif inner.opcode.endswith("-start") and kind != "all-reduce":
                 arrays = arrays[1:2] if kind == "collective-permute" else arrays[len(arrays) // 2 :]
             found.append(
                 Collective(
@@ -76,6 +84,13 @@ def read(module: Module, mesh_shape: Mapping[str, int]) -> list[Collective]:
                 )
             )
     return found
+
+
+def _kind(instruction: Instruction) -> str:
+    transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.text)
+    if instruction.opcode == "recv" and transfer:
+        return transfer.group(1).lower().replace("_", "-")
+    return instruction.opcode.removesuffix("-start")
 
 
 def _received(kind: str, made: float, devices: int) -> float:

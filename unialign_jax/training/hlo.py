@@ -209,6 +209,8 @@ class Module:
         if self.is_transfer(step) and instruction.opcode == "fusion":
             ends = any(_target(inner) == "AsyncCollectiveDone" for inner in step.inner)
             return sum(array.bytes for array in instruction.shape if array.in_hbm) if ends else 0
+        if instruction.opcode in ("send", "recv"):
+            return instruction.shape[0].bytes  # what the result holds beside the array is a context
         scope = self.computations[step.computation]
         operands = [scope[name].shape for name in instruction.operands]
         if instruction.opcode in ("copy-start", "slice-start"):
@@ -232,7 +234,7 @@ class Module:
     def is_transfer(self, step: Step) -> bool:
         """Whether an instruction only moves data, between devices or into vector memory, beside what computes."""
         opcode = step.instruction.opcode
-        if opcode.endswith(("-start", "-done", "-update")) or opcode in COLLECTIVES:
+        if opcode.endswith(("-start", "-done", "-update")) or opcode in (*COLLECTIVES, "send", "recv"):
             return True
         marks = {_target(inner) for inner in step.inner}
         products = any(inner.opcode in ("dot", "convolution") for inner in step.inner)
@@ -246,15 +248,22 @@ class Module:
             for operand in instruction.operands:
                 users[operand].append(instruction)
 
+        def passes_on(instruction: Instruction) -> bool:
+            """Whether it only renames; within a fusion a copy does: it arranges in registers what goes through."""
+            if instruction.opcode == "fusion":
+                inner = self.computations[instruction.called("calls")].values()
+                return all(i.opcode == "parameter" or passes_on(i) for i in inner)
+            return instruction.opcode in ("bitcast", "copy")
+
         def source(name: str) -> str:
-            while body[name].opcode == "bitcast":
+            while passes_on(body[name]):
                 name = body[name].operands[0]
             return name
 
         def ends(name: str) -> list[tuple[str, Instruction]]:
             found = []
             for user in users[name]:
-                found += ends(user.name) if user.opcode == "bitcast" else [(name, user)]
+                found += ends(user.name) if passes_on(user) else [(name, user)]
             return found
 
         read: dict[int, float] = {}

@@ -74,12 +74,14 @@ class SampleProgram:
         return data.global_batch * log.sample_steps * (1 if log.guidance == 1 else 2) * each
 
     def recomputed_flops(self, source: SourceConfig) -> int:
-        """None: nothing is differentiated."""
-        return 0
+        """FLOPs of the negative prompt, which every device encodes for itself, beyond the first time."""
+        return self._text_flops((self.mesh.size - 1) * (self.run.log.guidance != 1))
 
     def frozen_flops(self, source: SourceConfig) -> int:
-        """FLOPs of the text encoder: the prompts and the negative one, which every device encodes for itself."""
-        texts = self.run.data.global_batch + self.mesh.size
+        """FLOPs of the text encoder, for the prompts and the negative one; the image decoder's are left out."""
+        return self._text_flops(self.run.data.global_batch + (self.run.log.guidance != 1))
+
+    def _text_flops(self, texts: int) -> int:
         return flops.text_encoder_flops(
             self.networks.text_encoder.config, texts=texts, tokens=self.run.data.text_length
         )

@@ -55,9 +55,11 @@ def describe(topology: str, slices: int = 1) -> list[Any]:
     from jax.experimental import topologies  # loads libtpu's compiler
 
     _generation(topology)
-    several = {"num_slices": slices} if slices > 1 else {}
+    options = {"num_slices": slices} if slices > 1 else {}
+    if topology.startswith("v4:"):
+        options["chip_config_name"] = "megacore"  # a v4 chip's two cores are one device, as on Cloud's machines
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **several).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         raise ValueError(f"topology {topology!r}: {str(error).splitlines()[0]}") from error
 
@@ -124,11 +126,13 @@ def judge(
     if hlo_file is not None:
         epath.Path(hlo_file).write_text(text)
     module = hlo.Module(text)
-    transfers = collectives.read(module, dict(mesh.shape))
-    if not transfers and program == "train" and mesh.size > 1:
+    transfers = collectives.read(module, dict(mesh.shape), slices)
+    crossed = {where.several(transfer.group) for transfer in transfers}
+    if program == "train" and mesh.size > 1 and not crossed >= ({False, True} if slices > 1 else {False}):
         raise ValueError(
-            f"in the program for {topology} no collectives were found, though gradients must cross the devices: its "
-            "compiler writes them as is not read yet (training/collectives.py; --hlo writes the program down)"
+            f"in the program for {topology} no collectives {'between slices ' * (False in crossed)}were found, though "
+            "gradients must cross: its compiler writes them as is not read yet (training/collectives.py; --hlo writes "
+            "the program down)"
         )
     times = roofline.estimate(module, transfers, where)
     return (
