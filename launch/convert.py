@@ -42,7 +42,9 @@ _PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
 
 
 def main() -> None:
-    from unialign_jax import convert, exports, pretrained  # late: a wrong flag is said without loading JAX
+    # Late: a wrong flag is said without loading JAX.
+    from unialign_jax import convert, exports, pretrained, storage
+    from unialign_jax.convert import configs
 
     is_run = pretrained.is_run(_SOURCE.value)
     if (_MASK_TOKEN.value or _TEACHER.value) and (is_run or _TO.value == "torch"):
@@ -51,6 +53,12 @@ def main() -> None:
         raise convert.ConversionError(
             "--check with --to=jax compares with the source in PyTorch, which must be a public directory without "
             "--mask_token; convert the result with --to=torch --check instead"
+        )
+    public = storage.absolute(_SOURCE.value) / "transformer" / "config.json"
+    if _CHECK.value and _TO.value == "jax" and public.exists() and configs.is_sd3(public):
+        raise convert.ConversionError(
+            f"--check: {_SOURCE.value} is a plain SD3, of which PyTorch has no text head to compare with; convert the "
+            "result with --to=torch --check instead"
         )
     if _TO.value == "jax" and is_run:
         report = exports.to_jax(_SOURCE.value, _TARGET.value, average=_AVERAGE.value, progress=_PROGRESS.value)

@@ -169,17 +169,20 @@ def test_unpadded_pooling_ignores_what_padding_holds(case, transformer, text_enc
     hidden_shift = np.zeros((4, 12, 64), np.float32)
     hidden_shift[:, 7:] = 1.0
 
-    def contrastive(objective, shift):
+    def terms(objective, shift):
         def shifted(*args, **kwargs):
             out = model.apply({"params": params}, *args, **kwargs)
             return out._replace(text_hidden=out.text_hidden + shift)
 
         encode = functools.partial(encoder.apply, {"params": text_params})
-        return float(objective(shifted, encode, features, draws)[1]["contrastive"])
+        return {name: float(term) for name, term in objective(shifted, encode, features, draws)[1].items()}
 
     masked = dataclasses.replace(RECORDED, pool_padding=False)
-    assert contrastive(masked, 0.0) == contrastive(masked, hidden_shift)
-    assert contrastive(RECORDED, 0.0) != contrastive(RECORDED, hidden_shift)
+    assert terms(masked, 0.0) == terms(masked, hidden_shift)
+    assert terms(RECORDED, 0.0)["contrastive"] != terms(RECORDED, hidden_shift)["contrastive"]
+    # The adapter of the text reads the same tokens.
+    assert terms(RECORDED, 0.0)["text_align"] != terms(masked, 0.0)["text_align"]
+    assert terms(RECORDED, 0.0)["image_align"] == terms(masked, 0.0)["image_align"]
 
 
 def test_contrastive_loss_against_torch():

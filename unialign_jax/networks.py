@@ -4,6 +4,8 @@ Which of them are trained is not decided here: every method takes the parameters
 """
 
 import dataclasses
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -158,13 +160,34 @@ class Networks:
         )
 
 
-def _make(kind: type, name: str, fields: Mapping[str, Any]):
-    """A config dataclass from a mapping; an unknown field is an error that names it."""
-    known = {field.name for field in dataclasses.fields(kind)}
-    unknown = sorted(set(fields) - known)
+def _make(kind: type, name: str, model: Mapping[str, Any]):
+    """A network's config dataclass from its mapping; a field that is unknown, missing or of another type is named."""
+    fields = model.get(name)
+    if not fields:
+        raise ValueError(f"model.{name} is missing")
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    unknown = sorted(set(fields) - set(known))
     if unknown:
         raise ValueError(f"model.{name} has unknown fields {unknown}; known are {sorted(known)}")
+    if missing := [key for key, field in known.items() if field.default is dataclasses.MISSING and key not in fields]:
+        raise ValueError(f"model.{name}.{missing[0]} is missing")
+    hints = typing.get_type_hints(kind)
+    for key, value in fields.items():
+        if not _fits(value, hints[key]):
+            raise ValueError(
+                f"model.{name}.{key}: expected {getattr(hints[key], '__name__', hints[key])}, found {value!r}"
+            )
     return kind(**fields)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of a config, whose tuples may be lists, is of a field's type; an int is a float."""
+    for option in typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
+        kind = typing.get_origin(option) or option
+        wanted = {float: (int, float), tuple: (tuple, list)}.get(kind, kind)
+        if isinstance(value, wanted) and isinstance(value, bool) == (kind is bool):
+            return True
+    return False
 
 
 def build_networks(
@@ -181,27 +204,32 @@ def build_networks(
       unroll: see `models.unialign.UniAlign`.
 
     Raises:
-      ValueError: for an unknown field or value, naming it.
+      ValueError: for a network that is missing, or a field that is unknown, missing or wrong, naming it.
     """
     if dtype not in ("bfloat16", "float32"):
         raise ValueError(f"dtype is {dtype!r}; choose 'bfloat16' or 'float32'")
     compute = jnp.dtype(dtype)
+    if bool(model.get("pixel_codec")) == bool(model.get("autoencoder")):
+        raise ValueError(
+            "model: expected one of autoencoder and pixel_codec, found "
+            + ("both" if model.get("autoencoder") else "neither")
+        )
     if model.get("pixel_codec"):
-        codec = PixelCodec(_make(PixelCodecConfig, "pixel_codec", model["pixel_codec"]))
+        codec = PixelCodec(_make(PixelCodecConfig, "pixel_codec", model))
     else:
-        codec = AutoencoderCodec(_make(AutoencoderConfig, "autoencoder", model["autoencoder"]), compute)
+        codec = AutoencoderCodec(_make(AutoencoderConfig, "autoencoder", model), compute)
     teacher = None
     if model.get("teacher"):
-        teacher = QwenTeacher(_make(QwenTeacherConfig, "teacher", model["teacher"]), compute)
+        teacher = QwenTeacher(_make(QwenTeacherConfig, "teacher", model), compute)
     return Networks(
         transformer=UniAlign(
-            _make(TransformerConfig, "transformer", model["transformer"]),
+            _make(TransformerConfig, "transformer", model),
             dtype=compute,
             remat=remat,
             attention=attention,
             unroll=unroll,
         ),
         codec=codec,
-        text_encoder=T5Encoder(_make(T5Config, "text_encoder", model["text_encoder"]), dtype=compute),
+        text_encoder=T5Encoder(_make(T5Config, "text_encoder", model), dtype=compute),
         teacher=teacher,
     )

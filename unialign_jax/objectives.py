@@ -64,6 +64,14 @@ class Objective:
             raise ValueError(
                 f"image_pass is {self.image_pass} and text_pass {self.text_pass}; expected 0 or more, and one above 0"
             )
+        for name in ("image_weight", "text_weight", "contrastive_weight", "alignment_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}, expected more than 0")
+        for name in ("text_dropout", "reference_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a probability")
         if self.time_shift <= 0:
             raise ValueError(f"time_shift is {self.time_shift}, expected more than 0 (1 is as published)")
         if self.image_loss not in flow_matching.LOSS_SPACES:
@@ -131,8 +139,14 @@ class Objective:
                 weights["image_align"] = self.alignment_weight * self.image_pass
 
         if self.text_pass:
+            pool_mask = None if self.pool_padding else _before_padding(features.caption_ids, self.end_token_id)
             text_pass = transformer(
-                features.target, caption, jnp.zeros((size,)), semantic_depth=depth, want_image=False
+                features.target,
+                caption,
+                jnp.zeros((size,)),
+                semantic_depth=depth,
+                text_pool_mask=pool_mask,
+                want_image=False,
             )
             terms["text"] = masked_text.loss(
                 text_pass.text_logits,
@@ -148,7 +162,6 @@ class Objective:
                 weights["text_align"] = self.alignment_weight * self.text_pass
 
         if self.image_pass and self.text_pass:
-            pool_mask = None if self.pool_padding else _before_padding(features.caption_ids, self.end_token_id)
             terms["contrastive"] = contrastive_loss(
                 mean_tokens(image_pass.image_hidden), mean_tokens(text_pass.text_hidden, pool_mask), self.temperature
             )

@@ -1,7 +1,7 @@
 """Models from directories: a run's stage, one of its steps, a converted or a public one, all read the same way."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -197,9 +197,40 @@ def initial_params(
 
         return _cast(jax.jit(init, out_shardings=_shardings(abstract))(key), abstract)
     path = locate(source)
+    _check_architecture(path, networks, abstract)
     if not store.is_converted(path):
         return step_params(path, abstract, average)
     return agreement.everywhere(lambda: _converted_params(path, abstract), ConversionError, ValueError)
+
+
+# Fields that are no part of what a network computes from its parameters.
+_FREE_FIELDS = {"sample_size", "min_pixels", "max_pixels"}
+
+
+def _check_architecture(path: epath.Path, networks: Networks, names: Iterable[str]) -> None:
+    """Refuses parameters whose shapes may fit, but that are another network's: of other heads, of other latents."""
+    saved = build_networks(store.read_config(path) if store.is_converted(path) else config_of(path)["model"])
+    theirs, ours = _configs(saved), _configs(networks)
+    differences = [
+        f"{name}.{key} is {theirs[name].get(key)!r} there and {value!r} in the config"
+        for name in names
+        if name in theirs
+        for key, value in ours[name].items()
+        if key not in _FREE_FIELDS and theirs[name].get(key) != value
+    ]
+    if differences:
+        raise ValueError(f"{path}: its networks are not the config's: {'; '.join(differences)}")
+
+
+def _configs(networks: Networks) -> dict[str, dict[str, Any]]:
+    """The fields of the networks' configs, by name."""
+    parts = {
+        "transformer": networks.transformer,
+        "text_encoder": networks.text_encoder,
+        "autoencoder": networks.codec,
+        "teacher": networks.teacher,
+    }
+    return {name: dataclasses.asdict(part.config) for name, part in parts.items() if part is not None}
 
 
 def _converted_params(path: epath.Path, abstract: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,6 +53,9 @@ class OptimizerConfig:
       ema_rate: of the moving average; 0 keeps none.
       ema_warmup: starts with a short average, of rate (1 + n) / (10 + n) after n steps until that reaches `ema_rate`:
         for runs so short that the average would still hold the first parameters.
+
+    Raises:
+      ValueError: a value out of its range.
     """
 
     learning_rate: float = 3e-5
@@ -67,6 +70,16 @@ class OptimizerConfig:
     clip_norm: float = 2.0
     ema_rate: float = 0.9995
     ema_warmup: bool = False
+
+    def __post_init__(self):
+        for name in ("learning_rate", "warmup_steps", "decay_steps", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
+        if self.clip_norm <= 0:
+            raise ValueError(f"clip_norm is {self.clip_norm}, expected more than 0 (a large one clips nothing)")
+        for name in ("b1", "b2", "ema_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0 and less than 1")
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:

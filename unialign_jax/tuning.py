@@ -139,11 +139,6 @@ class Tuning:
         if not any(map(self._is_changed, flat)):
             raise ValueError(f"trained {self.trained} without frozen {self.frozen} leaves nothing to train")
 
-    def changes(self, network: str) -> bool:
-        """Whether anything of a network may be trained."""
-        patterns = self.lora.targets if self.lora.rank else self.trained
-        return any(fnmatch.fnmatchcase(network, pattern.split("/")[0]) for pattern in patterns)
-
     def _is_changed(self, name: str) -> bool:
         if self.lora.rank:
             return name.endswith("/kernel") and _matches(name, self.lora.targets)

@@ -14,7 +14,7 @@ def scalars(**values):
 
 
 def test_averages_are_over_the_window_and_per_source():
-    window = DelayedMetrics(delay=1)
+    window = DelayedMetrics(delay=1, by_source=True)
     for step, (source, loss) in enumerate([("generate", 1.0), ("edit", 3.0), ("generate", 2.0)]):
         window.push(step, source, scalars(loss=loss, image=2 * loss), 8, 10)
     window.drain()
@@ -30,7 +30,7 @@ def test_averages_are_over_the_window_and_per_source():
     }
     window.push(3, "edit", scalars(loss=7.0), 8, 10)
     window.drain()
-    assert window.averages() == ({"loss": 7.0}, (1, 8, 10))
+    assert window.averages() == ({"loss": 7.0, "edit/loss": 7.0}, (1, 8, 10))  # a window of one source as any other
     assert window.averages() == ({}, (0, 0, 0))
 
 

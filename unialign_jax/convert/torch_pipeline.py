@@ -42,7 +42,6 @@ class SD3JointModelFlexible(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        vocab_size: int,
         sample_size: int,
         patch_size: int,
         in_channels: int,
@@ -53,6 +52,7 @@ class SD3JointModelFlexible(ModelMixin, ConfigMixin):
         caption_projection_dim: int,
         out_channels: int,
         pos_embed_max_size: int,
+        vocab_size: int = 32100,
         adapter_hidden: int = 2048,
         semantic_dim: int = 3584,
         qk_norm: str | None = None,

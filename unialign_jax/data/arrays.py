@@ -46,8 +46,10 @@ class Preparation:
           CacheMismatch, CorpusError: see `Cache.read`.
         """
         arrays = {}
+        mark = None  # one for all, which are of the same source: it goes through the bytes of the images
         for cache in self.caches.values():  # first: they refuse a row for the reason that its pixels were refused for
-            arrays |= cache.read(row, sample)
+            mark = mark or cache.digest(sample)
+            arrays |= cache.read(row, mark)
         return arrays | self.pixels(sample) | self.texts(sample)
 
     def pixels(self, sample: Sample) -> dict[str, np.ndarray]:

@@ -1,6 +1,6 @@
 """Aspect-ratio buckets: a few image sizes of about equal area, and which rows of a source go into which.
 
-    python -m unialign_jax.data.buckets --source=PATH [--format=...]
+    python -m unialign_jax.data.buckets --source=PATH [--format=...] [--task=...]
 
 measures the images of a source beforehand, from their headers, and keeps the sizes in a file beside it. Training does
 that itself where the file is missing, on one host while the others wait.
@@ -159,7 +159,11 @@ def _measure(source: Source, row: int) -> tuple[int, int]:
 
 
 def main() -> None:
-    source = open_source(SourceConfig(_SOURCE.value, _FORMAT.value))
+    fields = dict(field.split("=", 1) for field in _FIELDS.value)
+    config = SourceConfig(
+        *(_SOURCE.value, _FORMAT.value, _TASK.value), split=_SPLIT.value, fields=fields, data_dir=_DATA_DIR.value
+    )
+    source = open_source(config)
     sizes = target_sizes(source)
     print(f"{len(sizes)} rows, of which {int((sizes.min(axis=1) == 0).sum())} can't be used: {source.sizes_path}")
 
@@ -167,4 +171,9 @@ def main() -> None:
 if __name__ == "__main__":
     _SOURCE = flags.DEFINE_string("source", None, "File or directory, see sources.SourceConfig.", required=True)
     _FORMAT = flags.DEFINE_enum("format", "rows", FORMATS, "What it is.")
+    # The same as training has: they say which image of a row is the target, and which rows can be used.
+    _TASK = flags.DEFINE_string("task", None, "The source's task in the config.")
+    _SPLIT = flags.DEFINE_string("split", "train", "Of a TFDS dataset.")
+    _FIELDS = flags.DEFINE_list("fields", [], "Of a TFDS dataset: FIELD=FEATURE, ..., see docs/data.md.")
+    _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS datasets given by name are kept.")
     cli.run(main)

@@ -94,7 +94,7 @@ def build(
     _begin(directory, plan)
     write = functools.partial(_write_shard, str(directory), name, shards, rows_per_shard)
     missing = [shard for shard in range(shards) if not _account_path(directory, shard).exists()]
-    report = Report(source.path, len(source), refused_share)
+    report = Report(source.path, len(source), refused_share, in_order=True)
     with tqdm.tqdm(total=len(source), desc=f"writing {directory}", unit="row") as bar:
         for account in itertools.chain(
             (_read_account(directory, shard) for shard in range(shards) if shard not in set(missing)),
@@ -122,7 +122,7 @@ def _first_row(source: Source) -> Any:
 
 def _begin(directory: epath.Path, plan: dict[str, Any]) -> None:
     work, path = directory / _WORK, directory / _WORK / "plan.json"
-    if (directory / "dataset_info.json").exists():
+    if (directory / "dataset_info.json").exists() and not path.exists():
         raise ValueError(f"{directory} holds a finished dataset; choose another directory, or remove it")
     if path.exists():
         begun = json.loads(path.read_text())

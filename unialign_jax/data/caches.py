@@ -209,12 +209,16 @@ class Cache:
             ]
         )
 
-    def read(self, row: int, sample: Sample) -> dict[str, np.ndarray]:
+    def digest(self, sample: Sample) -> bytes:
+        """What tells a sample of the source from others; see `digest`."""
+        return digest(sample, self._source)
+
+    def read(self, row: int, mark: bytes) -> dict[str, np.ndarray]:
         """The arrays of a row.
 
         Args:
           row: its number in the source.
-          sample: what it holds now.
+          mark: `digest` of the sample that it holds now.
 
         Raises:
           Refused: as it was when the cache was made.
@@ -228,7 +232,7 @@ class Cache:
             raise CorpusError(
                 f"{error}; remove this file, and the same launch/precompute.py command makes it again"
             ) from error
-        if content[:_DIGEST] != digest(sample, self._source):
+        if content[:_DIGEST] != mark:
             raise CacheMismatch(
                 f"{self.path} is not a cache of {self._source.path}: {self._source.place(row)} has changed. {_ADVICE}"
             )
@@ -283,7 +287,7 @@ class Caches:
         """The settings of a stream's cache, its rows included."""
         settings = {"version": _VERSION, "bucket": f"{len(rows)} rows, checksum {zlib.crc32(rows.astype('<i8'))}"}
         settings |= {f"source.{name}": value for name, value in source.fingerprint().items()}
-        if part == "latents":
+        if part != "instructions":  # of a row with more, the images are refused
             settings["references"] = references
         return json.loads(json.dumps(settings | dict(self.settings[part])))
 

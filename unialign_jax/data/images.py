@@ -108,10 +108,14 @@ def _open(path: str) -> Iterator[IO[bytes]]:
         raise
     except (FileNotFoundError, NotADirectoryError):
         raise Refused(Cause.MISSING_IMAGE, f"{path!r}: no such file") from None
-    except ValueError as error:  # a NUL or half a surrogate pair: no file can be called that
-        raise Refused(Cause.MISSING_IMAGE, f"{path!r} is not a file name ({error})") from None
-    except OSError as error:
-        raise Refused(Cause.UNREADABLE_IMAGE, f"{path!r}: {error.strerror or error}") from None
+    except Exception as error:
+        if "://" in path:  # whatever the store's client raises: an outage, a request too many
+            raise Refused(Cause.UNREADABLE_IMAGE, f"{path!r}: {type(error).__name__}: {error}") from None
+        if isinstance(error, ValueError):  # a NUL or half a surrogate pair: no file can be called that
+            raise Refused(Cause.MISSING_IMAGE, f"{path!r} is not a file name ({error})") from None
+        if isinstance(error, OSError):
+            raise Refused(Cause.UNREADABLE_IMAGE, f"{path!r}: {error.strerror or error}") from None
+        raise
 
 
 def decode(data: bytes) -> Image.Image:

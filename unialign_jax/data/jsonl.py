@@ -2,6 +2,7 @@
 
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -52,9 +53,9 @@ class JsonlSource:
         """The row's line in the file, from 1."""
         return self._rows.place(index)
 
-    def fingerprint(self) -> dict[str, int]:
-        """What tells that a file is no longer the one a run had read: rows, and where the last one ends."""
-        return self._rows.fingerprint()
+    def fingerprint(self) -> dict[str, int | str | None]:
+        """What tells that a run had read another file, or read it for another task."""
+        return self._rows.fingerprint() | {"task": self._task}
 
 
 class ConversationSource:
@@ -103,9 +104,9 @@ class ConversationSource:
         row, pair = self._locate(index)
         return f"{self._rows.place(row)}, pair {pair + 1}"
 
-    def fingerprint(self) -> dict[str, int]:
-        """What tells that a file is no longer the one a run had read."""
-        return self._rows.fingerprint() | {"samples": len(self)}
+    def fingerprint(self) -> dict[str, int | str | None]:
+        """What tells that a run had read another file, or read it for another task."""
+        return self._rows.fingerprint() | {"samples": len(self), "task": self._task}
 
     def _locate(self, index: int) -> tuple[int, int]:
         row = int(np.searchsorted(self._firsts, index, side="right")) - 1
@@ -118,7 +119,7 @@ class _Rows:
     def __init__(self, file: epath.Path, unit: str, make_index: Callable):
         self._file, self._unit = file, unit
         try:
-            self._starts, self._ends, self._numbers = make_index(file)
+            self._starts, self._ends, self._numbers, self._checksum = make_index(file)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise CorpusError(f"{file}: expected a file of JSON rows, found no such file") from None
         except (ValueError, RecursionError) as error:
@@ -148,7 +149,7 @@ class _Rows:
         return f"{self._unit} {self._numbers[index]}"
 
     def fingerprint(self) -> dict[str, int]:
-        return {"rows": len(self), "bytes": int(self._ends[-1])}
+        return {"rows": len(self), "checksum": self._checksum}
 
 
 def _begins_with(file: epath.Path, mark: bytes) -> bool:
@@ -159,10 +160,16 @@ def _begins_with(file: epath.Path, mark: bytes) -> bool:
         return False  # said better when it is read
 
 
-def _index_rows(file: epath.Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Start, end (exclusive, without the line break) and number of every line that is not blank; int64 `[rows]`."""
+_Index = tuple[np.ndarray, np.ndarray, np.ndarray, int]
+
+
+def _index_rows(file: epath.Path) -> _Index:
+    """Start, end (exclusive, without the line break) and number of every line that is not blank; int64 `[rows]`.
+
+    Beside them the file's CRC-32: a file whose rows stand in another order is another file.
+    """
     breaks, returns = [], []  # offsets of line feeds; whether a carriage return stands before each
-    size, last = 0, b""
+    size, last, checksum = 0, b"", 0
     with file.open("rb") as stream:
         while chunk := stream.read(_CHUNK):
             data = np.frombuffer(last[-1:] + chunk, np.uint8)
@@ -170,23 +177,25 @@ def _index_rows(file: epath.Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             before = at - 1 + len(last[-1:])
             returns.append((before >= 0) & (data[before] == ord("\r")))
             breaks.append(at + size)
+            checksum = zlib.crc32(chunk, checksum)
             size += len(chunk)
             last = chunk
     if size and not last.endswith(b"\n"):
         breaks.append(np.array([size]))
         returns.append(np.array([last.endswith(b"\r")]))
     if not size:
-        return (np.zeros(0, np.int64),) * 3
+        return *(np.zeros(0, np.int64),) * 3, checksum
     feeds = np.concatenate(breaks)
     starts = np.concatenate([[0], feeds[:-1] + 1])
     ends = feeds - np.concatenate(returns)
     lines = np.flatnonzero(ends > starts)
-    return starts[lines], ends[lines], lines + 1
+    return starts[lines], ends[lines], lines + 1, checksum
 
 
-def _index_array(file: epath.Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _index_array(file: epath.Path) -> _Index:
     """As `_index_rows`, of the elements of a JSON array, numbered from 1."""
-    text = file.read_bytes().decode("utf-8")
+    content = file.read_bytes()
+    text = content.decode("utf-8")
     decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
     starts, ends = [], []
     at = text.index("[") + 1
@@ -200,4 +209,5 @@ def _index_array(file: epath.Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         offset = starts[-1] + len(text[begin:end].encode())
         ends.append(offset)
         at = end
-    return np.array(starts, np.int64), np.array(ends, np.int64), np.arange(1, len(starts) + 1)
+    numbers = np.arange(1, len(starts) + 1)
+    return np.array(starts, np.int64), np.array(ends, np.int64), numbers, zlib.crc32(content)

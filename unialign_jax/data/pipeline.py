@@ -316,7 +316,9 @@ def _next_batch(plan: _Plan, elements: Iterator, drawn: list[int], reports: Sequ
         element = next(elements, None)
         if element is None or element.pop("index") != sum(drawn) * len(chunks) + number:
             # Grain goes on silently without the elements of a worker process that was killed.
-            raise RuntimeError(f"{report.path}: a worker process died, its samples are lost; resume from the state")
+            raise ChildProcessError(
+                f"{report.path}: a worker process died, its samples are lost; resume from the state"
+            )
         refusals = element.pop("refusals")
         for slot in chunk:
             report.add((before * plan.config.global_batch + slot) // report.rows, refusals.get(slot))

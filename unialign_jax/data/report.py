@@ -17,18 +17,21 @@ class Report:
 
     A row is counted each time it is read. Training stops (`CorpusError`) as soon as it is certain, or beyond chance,
     that more than `limit` of the rows can't be used: when one pass over the file has refused more than `limit` of all
-    its rows, or when the refusals so far exceed what `limit` leads to expect by four standard deviations and five.
+    its rows, or, where they come in random order, when the refusals so far exceed what `limit` leads to expect by four
+    standard deviations and five.
 
     Args:
       path: the source.
       rows: number of rows in it.
       limit: highest share of refused rows, in [0, 1).
+      in_order: rows are read as they stand in the source, where bad ones may stand together.
     """
 
-    def __init__(self, path: str, rows: int, limit: float):
+    def __init__(self, path: str, rows: int, limit: float, *, in_order: bool = False):
         self.path = path
         self.rows = rows
         self.limit = limit
+        self.in_order = in_order
         self.read = 0
         self.refused: collections.Counter[str] = collections.Counter()
         self.named: dict[int, tuple[str, str, str]] = {}
@@ -57,7 +60,8 @@ class Report:
             self.named[row] = (place, cause, detail)
         expected = self.limit * self.read
         certain = self._refused_in_pass > self.limit * self.rows + 1e-9
-        if certain or self.refused.total() > expected + 4 * math.sqrt(expected) + 5:
+        beyond_chance = self.refused.total() > expected + 4 * math.sqrt(expected) + 5
+        if certain or (beyond_chance and not self.in_order):
             raise self.too_many()
 
     def too_many(self) -> CorpusError:

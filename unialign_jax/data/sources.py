@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from unialign_jax.data.jsonl import ConversationSource, JsonlSource
 from unialign_jax.data.samples import Sample
@@ -36,7 +36,7 @@ class Source(Protocol):
         """Where a person finds the row: "line 12"."""
         ...
 
-    def fingerprint(self) -> dict[str, int | str]:
+    def fingerprint(self) -> dict[str, Any]:
         """JSON-able; what tells that a source is no longer the one that a run had read."""
         ...
 

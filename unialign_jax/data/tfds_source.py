@@ -3,6 +3,7 @@
 Images are not decoded here: a sample holds the bytes of each image's file.
 """
 
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,7 +68,9 @@ class TfdsSource:
             raise CorpusError(f"{self.path}: {error}") from None
         if not len(found):
             raise CorpusError(f"{self.path}: expected examples, found none")
-        self._records = Shards(found.dataset_info.splits[split].file_instructions)
+        files = found.dataset_info.splits[split].file_instructions
+        self._records = Shards(files)
+        self._shards = zlib.crc32(repr([(epath.Path(f.filename).name, f.skip, f.take) for f in files]).encode())
         self._parser = example_parser.ExampleParserNp(info.features.get_serialized_info())
         self._fields = dict(fields) if fields else {name: name for name in FEATURES if name in info.features}
         self._labels = {}
@@ -115,9 +118,11 @@ class TfdsSource:
         """The example's number in the split, from 0."""
         return f"example {index}"
 
-    def fingerprint(self) -> dict[str, int | str]:
-        """What tells that a dataset is no longer the one a run had read."""
-        return {"rows": len(self), "name": self._name}
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells that a run had read another dataset, or read it otherwise."""
+        return {"rows": len(self), "name": self._name, "shards": self._shards, "task": self._task} | {
+            f"field {field}": name for field, name in self._fields.items()
+        }
 
     def _value(self, example: dict, field: str, name: str) -> Any:
         value: Any = example

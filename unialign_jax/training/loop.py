@@ -158,7 +158,7 @@ def train(
 
         # The loop. The host never waits for the step it has just queued, only for one some steps before.
         compiled: dict[tuple[Batch, float, float], Any] = {}
-        window, watch = DelayedMetrics(), Stopwatch()
+        window, watch = DelayedMetrics(by_source=len(run.source_names) > 1), Stopwatch()
         profiler = StepProfiler(profile_steps if speaks else None, directory)
         stack.callback(profiler.close)
         stopping = False

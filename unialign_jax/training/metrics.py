@@ -30,10 +30,11 @@ class DelayedMetrics:
 
     Args:
       delay: number of steps whose values may be outstanding.
+      by_source: average the terms of each source apart too.
     """
 
-    def __init__(self, delay: int = 2):
-        self._delay = delay
+    def __init__(self, delay: int = 2, *, by_source: bool = False):
+        self._delay, self._by_source = delay, by_source
         self._queue: collections.deque[tuple[int, str, dict[str, jax.Array], Work]] = collections.deque()
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
@@ -65,14 +66,9 @@ class DelayedMetrics:
     def averages(self) -> tuple[dict[str, float], Work]:
         """Means since the last call, of what has been looked at, and the work that these steps were.
 
-        The means are `<term>` over all steps and, when there were several sources, `<source>/<term>` over theirs.
+        The means are `<term>` over all steps and, by option, `<source>/<term>` over those of a source.
         """
-        sources = {name.split("/")[0] for name in self._sums if "/" in name}
-        means = {
-            name: total / self._counts[name]
-            for name, total in self._sums.items()
-            if len(sources) > 1 or "/" not in name
-        }
+        means = {name: total / self._counts[name] for name, total in self._sums.items()}
         work = self._work
         self._sums, self._counts, self._work = {}, {}, Work()
         return means, work
@@ -88,7 +84,7 @@ class DelayedMetrics:
                 "Resume from the newest one with a lower learning rate or a smaller clip norm."
             )
         for name, value in values.items():
-            for key in (name, f"{source}/{name}"):
+            for key in (name, f"{source}/{name}") if self._by_source else (name,):
                 self._sums[key] = self._sums.get(key, 0.0) + value
                 self._counts[key] = self._counts.get(key, 0) + 1
         self._work = Work(*map(sum, zip(self._work, work, strict=True)))

@@ -68,6 +68,14 @@ def precompute(
     run = _read(config, directory, sources)
     if rows_per_shard < 1:
         raise ValueError(f"rows_per_shard is {rows_per_shard}, expected 1 or more")
+    if sources and run.tokenizer.learn_vocab_size is None:  # one that is learned needs the texts of all
+        kept = [i for i, name in enumerate(run.source_names) if name in sources]
+        names = tuple(run.source_names[i] for i in kept)
+        run = dataclasses.replace(
+            run,
+            source_names=names,
+            data=dataclasses.replace(run.data, sources=tuple(run.data.sources[i] for i in kept)),
+        )
     mesh = parallel.make_mesh(run.strategy)
     batch = batch or _BATCH_PER_PART * math.prod(mesh.shape[axis] for axis in parallel.BATCH_AXES)
     batches = dataclasses.replace(run.data, global_batch=batch)
@@ -110,7 +118,7 @@ def precompute(
                 storage.write_whole(place, states.tobytes())
 
     jobs = make_jobs(streams, opened, targets, missing)
-    reports = [Report(source.path, len(source), run.data.refused_share) for source in opened]
+    reports = [Report(source.path, len(source), run.data.refused_share, in_order=True) for source in opened]
     rows, left = sum(len(stream.rows) for stream in streams), sum(job.rows for job in jobs)
     share = Share.of(program)
     with tqdm.tqdm(total=rows, initial=rows - left, unit="row", disable=not speaks, bar_format=_BAR) as bar:
@@ -174,7 +182,7 @@ def _work(job: Job, share: Share, encode: "_Encoder", config: DataConfig, report
                     element = next(elements, None)
                     if element is None or element.pop("index") != number:
                         # Grain goes on silently without the elements of a worker process that was killed.
-                        raise RuntimeError(f"{job.source.path}: a worker process died; start again")
+                        raise ChildProcessError(f"{job.source.path}: a worker process died; start again")
                     number += 1
                     encoded.append((element, encode(element.pop("arrays"), tuple(job.targets))))
                     if len(encoded) > 1:

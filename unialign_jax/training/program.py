@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,6 +63,10 @@ class Program:
         boxed = self.networks.abstract()
         params = jax.tree.map(parallel.placed, nn.unbox(boxed), parallel.param_shardings(boxed, mesh))
         run.tuning.check(params)
+        for part in run.cached:
+            changed = run.tuning.trained_of({CACHED[part]: params[CACHED[part]]})
+            if names := list(flax.traverse_util.flatten_dict(changed, sep="/")):
+                raise ValueError(f"cached has {part}, but {names[0]} is trained: the cache would be out of date")
         params = run.tuning.cast_frozen_kernels(params, jnp.dtype(run.dtype))
         # The text encoder is always read: it encodes the masked captions.
         unread = {CACHED[part] for part in run.cached if part != "instructions"}

@@ -11,11 +11,13 @@ from etils import epath
 from unialign_jax import storage
 from unialign_jax.data.config import DataConfig
 from unialign_jax.data.sources import SourceConfig
+from unialign_jax.inference.presets import PROTOCOLS
 from unialign_jax.objectives import Objective
 from unialign_jax.state import OptimizerConfig
 from unialign_jax.tuning import LoraConfig, Tuning
 
 CACHED = {"latents": "autoencoder", "instructions": "text_encoder", "teacher": "teacher"}  # part -> who makes it
+_NETWORKS = {"transformer", "text_encoder", "autoencoder", "pixel_codec", "teacher"}
 # Not configured: the tokenizer has the first two, every source its own of the others.
 _OBJECTIVE_FROM_ELSEWHERE = ("mask_token_id", "end_token_id", "image_pass", "text_pass")
 
@@ -66,6 +68,10 @@ class LogConfig:
         if self.every < 1 or self.samples_every < 0:
             raise ValueError(
                 f"every is {self.every}, expected 1 or more; samples_every {self.samples_every}, 0 or more"
+            )
+        if self.sample_count < 1 or self.sample_steps < 1:
+            raise ValueError(
+                f"sample_count is {self.sample_count} and sample_steps {self.sample_steps}, expected 1 or more of each"
             )
 
 
@@ -157,12 +163,17 @@ class RunConfig:
     def __post_init__(self):
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}, expected 1 or more")
+        for name in ("micro_batches", "unroll"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(f"protocol is {self.protocol!r}, expected one of {', '.join(PROTOCOLS)}")
+        if unknown := set(self.model) - _NETWORKS:
+            raise ValueError(f"model.{min(unknown)}: unknown key; known are {', '.join(sorted(_NETWORKS))}")
         if not self.trained:
             raise ValueError("trained is empty, expected networks or patterns of parameters")
         if set(self.cached) - set(CACHED):
             raise ValueError(f"cached is {self.cached}, expected some of {', '.join(CACHED)}")
-        if stale := [part for part in self.cached if self.tuning.changes(CACHED[part])]:
-            raise ValueError(f"cached has {', '.join(stale)}, whose network is trained: a cache would be out of date")
         if "teacher" in self.cached and not self.model.get("teacher"):
             raise ValueError("cached has teacher, but model.teacher is not set")
 

@@ -43,7 +43,7 @@ def train(
     if "stages" not in config:
         run = run_config.read(config)
         state = loop.train(config, workdir, start=_start(run, workdir), profile_steps=profile_steps)
-        return int(state.step) == run.steps
+        return int(state.step) >= run.steps
     with distributed.Preemption() as preemption:
         return _train_all(config, workdir, profile_steps, preemption)
 

@@ -143,7 +143,7 @@ def make_writer(logdir: str, *, start_step: int = 0, active: bool = True) -> met
     """
     if not active:
         return metric_writers.MultiWriter([])
-    return metric_writers.AsyncMultiWriter([SummaryWriter(str(logdir), start_step + 1 if start_step else None)])
+    return metric_writers.AsyncMultiWriter([SummaryWriter(str(logdir), start_step + 1)])
 
 
 def read_scalars(directory: epath.PathLike) -> dict[str, list[tuple[int, float]]]:
