@@ -5,13 +5,15 @@ set -euo pipefail
 
 usage() {
   cat <<'EOF'
-usage: bash launch/tpu_vm.sh COMMAND --name=NAME --zone=ZONE [options] [-- train.py's arguments]
+usage: bash launch/tpu_vm.sh COMMAND --name=NAME --zone=ZONE [options] [-- ARGUMENTS]
 
 commands, in the order of a run:
-  create    ask for the TPU through queued resources     (--type; --slices, --spot, --reserved, --runtime)
+  create    ask for the TPU through queued resources     (--type; --slices, --spot, --reserved, --runtime;
+                                                         -- gcloud's flags: --network=… --reservation=… ...)
   wait      until it is there
   install   copy this checkout to all workers and install it
   start     train on all workers, in the background       (-- --config=... --workdir=gs://...)
+            again: only on workers where nothing runs, such as those of a host that was rebooted
   run       another program on all workers, until it ends  (-- launch/sample.py --checkpoint=gs://... ...)
   status    the request's state, and each worker's last line of log
   tail      follow a worker's log                         (--slice, --worker)
@@ -24,6 +26,7 @@ options:
   --project=ID      default: gcloud's
   --type=TYPE       accelerator type, such as v5litepod-256, v5p-256, v6e-256
   --slices=N        slices that train together; default 1. `start` and `run` need it again
+  --internal_ip     reach the workers by their internal addresses, from a machine in their network
   --spot            cheaper, may be taken away at any time
   --reserved        from a reservation
   --runtime=NAME    software of the VM; default: the one for JAX of --type's generation
@@ -57,7 +60,15 @@ tpus() { # ARGUMENTS...: gcloud's command for queued resources, with zone and pr
 }
 
 on_all_workers() { # COMMAND
-  tpus ssh "$name" --node=all --worker=all "--command=$1"
+  tpus ssh "$name" --node=all --worker=all ${internal_ip:+--internal-ip} "--command=$1"
+}
+
+hosts_of() { # ACCELERATOR_TYPE: hosts of one slice; v4 and v5p count cores in their names. All have four chips.
+  local count=${1##*-}
+  case "$1" in
+    v4-* | v5p-*) echo $((count / 8)) ;;
+    *) echo $((count / 4)) ;;
+  esac
 }
 
 generation_of() { # ACCELERATOR_TYPE
@@ -89,7 +100,7 @@ create() {
   # The scope lets the workers read and write Cloud Storage as far as their service account may.
   tpus create "$name" "--accelerator-type=$type" "--runtime-version=${runtime:-$(runtime_of "$generation")}" \
     "${nodes[@]}" --scopes=https://www.googleapis.com/auth/cloud-platform \
-    ${spot:+--spot} ${reserved:+--reserved}
+    ${spot:+--spot} ${reserved:+--reserved} "${program[@]}"
 }
 
 wait_until_active() {
@@ -125,7 +136,7 @@ install() {
   # shellcheck disable=SC2064  # the name is known now
   trap "rm -f '$archive'" EXIT
   act tar -czf "$archive" --exclude=__pycache__ -C "$root" setup.py pyproject.toml README.md configs launch unialign_jax
-  tpus scp "$archive" "$name:unialign_jax.tar.gz" --node=all --worker=all
+  tpus scp "$archive" "$name:unialign_jax.tar.gz" --node=all --worker=all ${internal_ip:+--internal-ip}
   on_all_workers "$INSTALL"
 }
 
@@ -144,7 +155,7 @@ start() {
     fail "start needs train.py's arguments after --: -- --config=configs/FILE.py:STAGE --workdir=gs://BUCKET/DIRECTORY"
   # A session of its own outlives ssh.
   command="cd ~/unialign_jax || exit 1
-if [ -e run.pid ] && kill -0 \"\$(cat run.pid)\" 2>/dev/null; then echo \"already running\" >&2; exit 1; fi
+if [ -e run.pid ] && grep -qs tpu_vm.sh \"/proc/\$(cat run.pid)/cmdline\"; then echo \"already running\"; exit 0; fi
 nohup setsid bash launch/tpu_vm.sh work"
   command+=$(printf ' %q' "--generation=$generation" "--slices=$slices" "--restarts=$restarts" -- "${program[@]}")
   command+=" >> run.log 2>&1 < /dev/null &
@@ -161,7 +172,16 @@ run_program() {
   command='cd ~/unialign_jax && eval "$(.venv/bin/python -m unialign_jax.accelerator_flags '"$generation $slices"')" &&
 .venv/bin/python'
   command+=$(printf ' %q' "${program[@]}")
-  on_all_workers "$command"
+  # gcloud begins with the next 64 workers when the last are done, but all must meet: one gcloud for each slice.
+  (($(hosts_of "$type") <= 64)) ||
+    fail "run: a slice of $type has $(hosts_of "$type") workers, of which gcloud starts 64 at a time; use start, or GKE"
+  local node pids=() code=0
+  for ((node = 0; node < slices; node++)); do
+    tpus ssh "$name" "--node=$node" --worker=all ${internal_ip:+--internal-ip} "--command=$command" &
+    pids+=($!)
+  done
+  for node in "${pids[@]}"; do wait "$node" || code=$?; done
+  return "$code"
 }
 
 # Runs on every worker: trains, and starts again what fails. The trainer resumes from its newest checkpoint.
@@ -207,7 +227,7 @@ echo "still running after 600 s; see ~/unialign_jax/run.log" >&2; exit 1'
 }
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-name="" zone="" project="" type="" slices=1 spot="" reserved="" runtime="" restarts=20 slice=0 worker=0 dry_run=""
+name="" zone="" project="" type="" slices=1 spot="" reserved="" runtime="" restarts=20 slice=0 worker=0 dry_run="" internal_ip=""
 generation="" program=()
 [[ $# -gt 0 ]] || { usage >&2; exit 2; }
 command=$1
@@ -226,6 +246,7 @@ while [[ $# -gt 0 ]]; do
     --generation=*) generation=${1#*=} ;;
     --spot) spot=1 ;;
     --reserved) reserved=1 ;;
+    --internal_ip) internal_ip=1 ;;
     --dry_run) dry_run=1 ;;
     --help | -h)
       usage
@@ -261,10 +282,10 @@ case "$command" in
     tpus describe "$name" "--format=value(state.state)"
     # shellcheck disable=SC2016  # expanded on the workers
     on_all_workers 'cd ~/unialign_jax 2>/dev/null || { echo "$(hostname): not installed"; exit 0; }
-if [ -e run.pid ] && kill -0 "$(cat run.pid)" 2>/dev/null; then state=running; else state="not running"; fi
+if [ -e run.pid ] && grep -qs tpu_vm.sh "/proc/$(cat run.pid)/cmdline"; then state=running; else state="not running"; fi
 echo "$(hostname): $state: $(tail -n 1 run.log 2>/dev/null)"'
     ;;
-  tail) tpus ssh "$name" "--node=$slice" "--worker=$worker" "--command=tail -n 100 -F ~/unialign_jax/run.log" ;;
+  tail) tpus ssh "$name" "--node=$slice" "--worker=$worker" ${internal_ip:+--internal-ip} "--command=tail -n 100 -F ~/unialign_jax/run.log" ;;
   stop) stop ;;
   delete) tpus delete "$name" --force ;;
   work) work ;;

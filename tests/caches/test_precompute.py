@@ -349,7 +349,13 @@ def test_a_cache_of_anything_else_is_refused(corpus, cached, tmp_path, spoil, er
     [
         ({"cached": ()}, {}, "cached is empty; say what to cache, of latents, instructions, teacher"),
         ({}, {"sources": ["nobody"]}, "no source 'nobody'; the config has draw, join"),
-        ({"trained": ("transformer", "text_encoder")}, {}, "cached has instructions, whose network is trained"),
+        ({"trained": ("transformer", "text_encoder")}, {}, "cached has instructions, but text_encoder/.* is trained"),
+        # A pattern's star crosses networks.
+        (
+            {"lora": {"rank": 2, "targets": ("*query*",), "alpha": None}},
+            {},
+            "cached has .*/query/kernel/lora_a is trained",
+        ),
         ({"after": "first"}, {}, "'cached' goes on from 'first'; set init"),
         ({"data.text_length": 10}, {"rows_per_shard": 7}, "instructions .*text_length was 12, is 10"),
         ({}, {"rows_per_shard": 6}, "was begun with 7 rows per shard, not 6"),

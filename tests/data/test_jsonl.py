@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import zlib
 
 import pytest
 
@@ -127,8 +128,17 @@ def test_random_access_to_lines_however_they_are_broken(tmp_path, monkeypatch, c
             assert source[index].target == str(tmp_path / f"{i}é.png")
         with pytest.raises(Refused, match="malformed JSON"):
             source[2]
-        assert source.fingerprint() == {"rows": 5, "bytes": len(content)}
+        assert source.fingerprint() == {"rows": 5, "checksum": zlib.crc32(content + ending), "task": None}
     assert pickle.loads(pickle.dumps(source))[4] == source[4]
+
+
+def test_the_same_rows_in_another_order_or_for_another_task_are_another_source(tmp_path):
+    rows = [json.dumps(GENERATE | {"image": [f"{i}.png"]}) for i in range(3)]
+    prints = []
+    for order, task in ((1, None), (1, None), (-1, None), (1, "caption")):
+        (tmp_path / "rows.jsonl").write_text("\n".join(rows[::order]))
+        prints.append(JsonlSource(tmp_path / "rows.jsonl", task).fingerprint())
+    assert prints[0] == prints[1] and prints[0] not in prints[2:]
 
 
 def test_sources_that_are_no_files(tmp_path):

@@ -40,6 +40,15 @@ def test_a_corpus_that_is_mostly_unusable_stops_early_and_one_at_the_limit_does_
             fill(steady, 100, 2)
 
 
+def test_bad_rows_that_stand_together_are_judged_by_the_whole_file_where_it_is_read_in_order():
+    report = Report("rows.jsonl", 10_000, 0.01, in_order=True)
+    fill(report, 1000, 100)
+    with pytest.raises(CorpusError):
+        fill(report, 1, 1)
+    with pytest.raises(CorpusError):
+        fill(Report("rows.jsonl", 10_000, 0.01), 1000, 100)
+
+
 def test_the_report_names_rows_and_survives_a_round_trip():
     report = Report("rows.jsonl", 1000, 0.02)
     report.add(0, None)

@@ -38,7 +38,7 @@ def test_samples_of_several_tars_by_index(tmp_path, encoded):
     write(tmp_path / "a.tar", [("./x/0.jpg", images[0]), ("./x/0.txt", "a é".encode()),
                                ("./x/1.txt", b"b"), ("./x/1.PNG", images[1])])  # fmt: skip
     source = pickle.loads(pickle.dumps(TarSource(tmp_path)))
-    assert len(source) == 3 and source.fingerprint() == {"rows": 3, "tars": 2}
+    assert len(source) == 3 and source.fingerprint()["rows"] == 3
     assert source[2] == Sample("edit", images[3], (images[2],), caption="a cat", instruction="make it red")
     assert source[0] == Sample("generate", images[0], caption="a é", instruction="a é")
     assert source[1] == Sample("generate", images[1], caption="b", instruction="b")

@@ -106,7 +106,10 @@ def test_start_passes_the_programs_arguments_through_both_shells():
 def test_run_has_every_worker_run_a_program_with_the_generations_flags():
     program = ["launch/sample.py", "--task=generate", "--prompt=a red bicycle"]
     (command,) = dry_run("run", *TPU, "--type=v5litepod-256", "--", *program)
-    assert command[4:8] == ["ssh", "run1", "--node=all", "--worker=all"]
+    assert command[4:8] == ["ssh", "run1", "--node=0", "--worker=all"]
+    # All slices at once: gcloud would wait for the first 64 workers, and they for the others.
+    both = dry_run("run", *TPU, "--type=v5litepod-256", "--slices=2", "--", *program)
+    assert sorted(other[6] for other in both) == ["--node=0", "--node=1"]
     remote = command[8].removeprefix("--command=")
     assert "accelerator_flags v5e 1" in remote and shlex.split(remote.splitlines()[-1]) == [
         ".venv/bin/python",
@@ -120,6 +123,10 @@ def test_run_has_every_worker_run_a_program_with_the_generations_flags():
     [
         ([], "usage:"),
         (["run", *TPU, "--type=v6e-16"], "run needs a program"),
+        (
+            ["run", *TPU, "--type=v5p-1024", "--", "launch/sample.py"],
+            "128 workers, of which gcloud starts 64 at a time",
+        ),
         (["fly", *TPU], "unknown command fly"),
         (["create", "--zone=z", "--type=v6e-16"], "create needs --name"),
         (["delete", "--name=n"], "delete needs --zone"),

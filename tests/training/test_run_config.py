@@ -105,6 +105,14 @@ def changed(path: str, value) -> ml_collections.ConfigDict:
         ("tokenizer.path", "dir", r"tokenizer: path and learn_vocab_size are both set"),
         ("checkpoint.every", 0, r"checkpoint: every is 0"),
         ("log.every", 0, r"log: every is 0"),
+        ("log.sample_steps", 0, r"log: .*sample_steps 0, expected 1 or more"),
+        ("optimizer.clip_norm", 0.0, r"optimizer: clip_norm is 0.0, expected more than 0"),
+        ("optimizer.ema_rate", 1.0, r"optimizer: ema_rate is 1.0"),
+        ("objective.text_dropout", 2.0, r"objective: text_dropout is 2.0, expected a probability"),
+        ("objective.temperature", 0.0, r"objective: temperature is 0.0"),
+        ("micro_batches", 0, r"micro_batches is 0, expected 1 or more"),
+        ("protocol", "nosuch", r"protocol is 'nosuch', expected one of .*unialignment"),
+        ("model.techer", {}, r"model.techer: unknown key; known are .*teacher"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_its_key(path, value, message):

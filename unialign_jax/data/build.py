@@ -7,7 +7,6 @@ bytes of their files; the sizes of the targets stand beside the shards.
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import functools
 import itertools
 import json
@@ -88,7 +87,6 @@ def build(
         "name": name,
         "source": source.path,
         "fingerprint": source.fingerprint(),
-        "first_row": _first_row(source),  # of another task, or other fields, the same file has other samples
         "rows_per_shard": rows_per_shard,
     }
     _begin(directory, plan)
@@ -107,17 +105,6 @@ def build(
             bar.update(account["rows"] + len(account["refusals"]))
     _finish(directory, plan, shards, report)
     return report
-
-
-def _first_row(source: Source) -> Any:
-    """What the source makes of its first usable row, as JSON has it; images by name or size."""
-    for row in range(len(source)):
-        try:
-            sample = dataclasses.asdict(source[row])
-        except Refused:
-            continue
-        return json.loads(json.dumps(sample, default=lambda value: f"{len(value)} bytes"))
-    return None
 
 
 def _begin(directory: epath.Path, plan: dict[str, Any]) -> None:
