@@ -176,9 +176,9 @@ def _on_shards(
     the keys and values of its heads and samples over `sequence`; their gradients come back by reduce-scatter. Not a
     ring, because here one layer's keys and values are small, no causal mask unbalances the work, and a ring would cut
     the kernel into pieces. SD3-medium at 1024x1024 (4352 tokens, width 1536, bfloat16) holds 26.7 MB of them per
-    sample and layer; on 4 devices, each receives 20 MB while its share of the block is 91 GFLOP forward: 0.11 ms
-    against 0.20 ms at peak on a v5p (180 GB/s per mesh axis, 459 TFLOP/s), 0.22 against 0.46 ms on a v5e (90 GB/s,
-    197 TFLOP/s; all from "How to Scale Your Model", chapter 2). A ring receives the same bytes, and can hide them only
+    sample and layer; on 4 devices, each receives 20 MB while its share of the block is 91 GFLOP forward: 0.10 ms
+    against 0.20 ms at peak on a v5p (200 GB/s per mesh axis, 459 TFLOP/s), 0.20 against 0.46 ms on a v5e (100 GB/s,
+    197 TFLOP/s; see `training.chips`). A ring receives the same bytes, and can hide them only
     behind the attention's third of that work, in four kernel calls of 1088 x 1088 tokens whose float32 results are
     rescaled and added. Exchanging heads for tokens (all-to-all) would move half as much on 4 devices, but needs heads
     that `tensor` times `sequence` divides.
