@@ -143,7 +143,7 @@ def _torch(files: list[str], workers: int) -> Iterator[Any]:
 def _draw_latents(directory: pathlib.Path, rows: str) -> caches.Caches:
     """A cache of what an autoencoder might make of the rows: mean and log variance of 16 channels, an eighth a side."""
     made = caches.Caches(str(directory), ("photos",), {"latents": {}})
-    source, rng = JsonlSource(rows), np.random.default_rng(0)
+    source, rng = JsonlSource(rows, "generate"), np.random.default_rng(0)
     numbers, side = np.arange(len(source)), SIZE // 8
     description = caches.Description(
         settings=made.all_settings("latents", source, numbers, references=0),
