@@ -112,7 +112,7 @@ def test_kernels_of_frozen_networks_may_be_kept_in_the_compute_dtype():
         "transformer": MODEL["transformer"] | {"in_channels": 3, "out_channels": 3},
     }
     whole = build_networks(model | {"pixel_codec": None}, dtype="bfloat16")
-    params_of_whole = whole.init(jax.random.key(1))
+    params_of_whole = jax.jit(whole.init)(jax.random.key(1))
     wanted = Tuning().cast_frozen_kernels(jax.eval_shape(lambda: params_of_whole), jnp.bfloat16)
     halved = jax.tree.map(lambda x, like: x.astype(like.dtype), params_of_whole, wanted)
     assert sum(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(halved["autoencoder"])) > 20
