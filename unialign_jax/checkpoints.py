@@ -229,6 +229,14 @@ class Checkpoints:
         except DamagedCheckpoint as damage:
             raise self._advised(damage, step, read) from damage
 
+    def checksums(self, step: int) -> dict[str, Any]:
+        """Of a step's arrays, as recorded when it was saved: what tells it from another that took its place.
+
+        Raises:
+          DamagedCheckpoint: the record can't be read.
+        """
+        return agreement.everywhere(lambda: self._meta_and_sums(step)[1], *_SHARED)
+
     def set_aside_after(self, step: int) -> list[int]:
         """Moves the steps newer than `step` out of the way, to `DIR-set-aside/`, and returns them.
 

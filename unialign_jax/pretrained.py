@@ -293,6 +293,7 @@ def _frozen_network(path: epath.Path, meta: Mapping[str, Any], name: str, wanted
     if differences := describe_differences(flat_leaves(had), flat_leaves({name: _in_float32(wanted)})):
         raise ValueError(f"{path}: its frozen networks are not the config's: {differences}")
     init_key, _ = jax.random.split(jax.random.key(config["seed"]))
+    check_start(meta, path.parent.parent)
     start, average = start_of(meta, path.parent.parent), config.get("init_average", True)
     return initial_params(networks, init_key, {name: wanted}, start, average=average)[name]
 
@@ -325,6 +326,31 @@ def start_of(meta: Mapping[str, Any], stage_directory: epath.Path) -> str | None
     """
     recorded = meta["init"]
     return str(stage_directory.parent / recorded[3:]) if recorded and recorded.startswith("../") else recorded
+
+
+def identity_of(start: str | None) -> dict[str, Any] | None:
+    """What tells a run's step from another that may later be at the same place; None of anything else."""
+    if start is None or store.is_converted(path := epath.Path(start)):
+        return None
+    with Checkpoints(path.parent, read_only=True) as checkpoints:
+        return checkpoints.checksums(int(path.name))
+
+
+def check_start(meta: Mapping[str, Any], stage_directory: epath.Path) -> None:
+    """Refuses to go on from a run whose start has become another: what was not trained, or a later stage, rests on it.
+
+    A start that is gone is missed where it is read.
+
+    Raises:
+      ValueError: naming the stage and the step that it started from.
+    """
+    start, recorded = start_of(meta, stage_directory), meta.get("init_identity")
+    if recorded is None or not epath.Path(start).exists() or identity_of(start) == recorded:
+        return
+    raise ValueError(
+        f"{stage_directory} started from {start}, where another checkpoint is now: that stage was trained anew since. "
+        "Move this stage's directory away to train it anew too, or put the earlier one back"
+    )
 
 
 def converted_start(path: epath.Path | None) -> epath.Path | None:

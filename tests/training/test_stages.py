@@ -113,6 +113,17 @@ def test_every_stage_starts_from_the_average_of_the_one_before(finished):
     assert len(tokenizers) == 1 and b"question" not in tokenizers.pop()
 
 
+def test_a_stage_whose_start_was_trained_anew_is_not_gone_on_from(finished, corpus, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "pretrain")
+    config = make_config(corpus)
+    config.stages.pretrain.seed = 9
+    with pytest.raises(
+        ValueError, match="unify started from .*/pretrain/checkpoints/2, where another checkpoint is now"
+    ):
+        stages.train(config, tmp_path / "run")
+
+
 def test_a_recipe_interrupted_at_every_step_ends_the_same(finished, corpus, tmp_path, monkeypatch, capsys):
     class Interrupted(Exception):
         pass

@@ -87,7 +87,9 @@ def train(
                 raise ValueError(f"stage {run.stage!r} goes on from {run.after!r}; say where that is, or set init")
             init = str(pretrained.locate(start)) if start else None
         else:
-            init = pretrained.start_of(checkpoints.meta(resume_step), directory)
+            saved = checkpoints.meta(resume_step)
+            pretrained.check_start(saved, directory)
+            init = pretrained.start_of(saved, directory)
 
         # Text becomes ids. The tokenizer is part of the run: samplers of its checkpoints read it from the directory.
         tokenizer = _make_tokenizer(run, init, directory / "tokenizer", resuming=resume_step is not None)
@@ -142,6 +144,7 @@ def train(
             "stage": run.stage,
             "config": saved_as,
             "init": pretrained.record_of(init, directory),
+            "init_identity": pretrained.identity_of(init),
             "data": batches.get_state()["fingerprints"],
             "versions": saved_config.library_versions(),
         }

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import ml_collections
 from etils import epath
 
-from unialign_jax import agreement, distributed, storage
+from unialign_jax import agreement, distributed, pretrained, storage
 from unialign_jax.checkpoints import Checkpoints, saved_steps
 from unialign_jax.training import loop, run_config, saved_config
 from unialign_jax.training.run_config import ConfigError, RunConfig
@@ -113,6 +113,7 @@ def _is_finished(stage: ml_collections.ConfigDict, run: RunConfig, workdir: epat
 
     Raises:
       ConfigChanged: it has, or has taken other steps than these, with another config.
+      ValueError: it has, but the stage before was trained anew since.
     """
     directory = storage.absolute(workdir) / run.stage
     step = max(agreement.primary(lambda: saved_steps(directory / "checkpoints")), default=0)
@@ -121,8 +122,9 @@ def _is_finished(stage: ml_collections.ConfigDict, run: RunConfig, workdir: epat
     with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
         if not loop.goes_on_from_latest(run, checkpoints, step):
             return False
-        saved = checkpoints.meta(step)["config"]
-    saved_config.check_unchanged(saved, saved_config.as_json(stage), run.allow_changed)
+        saved = checkpoints.meta(step)
+    saved_config.check_unchanged(saved["config"], saved_config.as_json(stage), run.allow_changed)
+    pretrained.check_start(saved, directory)
     return True
 
 
