@@ -284,7 +284,8 @@ class Module:
                 elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
                     break
             else:
-                read[int(instruction.text)] = total
+                if uses:  # what goes to the result as it is, is read whole
+                    read[int(instruction.text)] = total
         root = next(i for i in body.values() if i.root)
         results = root.operands if root.opcode == "tuple" else (root.name,)
         written: dict[int, float] = {}
