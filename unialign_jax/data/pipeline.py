@@ -129,7 +129,8 @@ class Batches(Iterator[dict[str, np.ndarray]]):
 
         Raises:
           CorpusError: too many rows can't be used; the message is the report.
-          RuntimeError: the iterator was closed, or a worker process died.
+          ChildProcessError, RuntimeError: a worker process died (noticed here, or by Grain).
+          RuntimeError: the iterator was closed.
         """
         if self._error is not None:
             raise self._error
