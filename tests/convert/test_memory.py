@@ -23,6 +23,7 @@ def growth(work):
     work()
     return status("VmHWM") - before
 
+convert.store.CHUNK_BYTES = 16 * 2**20  # 64 MB hide whether leaves of 144 MB are whole in memory
 small, large, work = sys.argv[1:]
 convert.to_jax(small, work + "/small_jax", progress=False)
 convert.to_torch(work + "/small_jax", work + "/small_torch", progress=False)
@@ -65,8 +66,9 @@ def test_peak_memory_is_bounded(large, golden, tmp_path):
     assert run.returncode == 0, run.stderr
     imported, exported = json.loads(run.stdout.splitlines()[-1])
     print(f"converting {size / MB:.0f} MB took {imported / MB:.0f} MB one way and {exported / MB:.0f} MB the other")
-    # A batch of pieces on its way to the disk, and the libraries' buffers; less than one stacked leaf.
-    assert 0 < imported < 140 * MB
+    # A batch of pieces, what TensorStore holds of the one before until the disk has it, and the libraries' buffers;
+    # less than one stacked leaf, of 144 MB.
+    assert 0 < imported < 100 * MB
     assert exported < 60 * MB  # 0 or less if the import left enough behind
     written = {}
     for shard in (tmp_path / "torch/text_encoder").glob("*.safetensors"):

@@ -35,7 +35,7 @@ def test_images_from_flags(stage, tmp_path):
     image = Image.open(tmp_path / "out/001.png")
     assert image.size == (24, 8) and image.text["guidance"] == "3.0" and image.text["seed"] == "6"
     assert Image.open(tmp_path / "out/grid.png").size == (49, 8)
-    assert list((tmp_path / "cache").iterdir())  # compiled programs
+    assert (tmp_path / "cache").is_dir()  # what is kept there, and when, is test_compilation_cache.py's
 
 
 @pytest.mark.parametrize(
