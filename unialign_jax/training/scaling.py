@@ -71,17 +71,17 @@ def _cases(batches: tuple[int, ...], remats: tuple[str, ...], **kind: Any) -> tu
     )
 
 
-# v5e has too little memory to keep products at a batch that its network can hide behind.
-_REMATS = ("attention", "dots+attention", "dots+attention", "dots+attention", "attention")
+# v5e and v6e have too little memory to keep products at a batch that their network can hide behind.
+_REMATS = ("attention", "dots+attention", "attention", "dots+attention", "attention")
 CASES = (
-    *_cases((8, 16, 6, 32, 8), _REMATS),
-    Case("v6e:16x16", 256, 8, "dots+attention"),
+    *_cases((8, 16, 16, 32, 8), _REMATS),
+    Case("v6e:16x16", 256, 6, "dots+attention"),
     # The same work per chip on 16 chips.
     Case("v5p:2x2x4", 16, 16, "dots+attention"),
-    Case("v6e:4x4", 16, 6, "dots+attention"),
-    *_cases((4, 10, 4, 20, 4), _REMATS, source="edit"),
-    *_cases((3, 6, 2, 12, 3), _REMATS, stage="personalize", source="compose"),
-    *_cases((2, 4, 1, 8, 2), _REMATS, side=1024),
+    Case("v6e:4x4", 16, 16, "attention"),
+    *_cases((4, 10, 8, 20, 4), _REMATS, source="edit"),
+    *_cases((3, 6, 6, 12, 3), _REMATS, stage="personalize", source="compose"),
+    *_cases((2, 4, 4, 8, 2), _REMATS, side=1024),
     *_cases((8, 16, 8, 32, 8), _REMATS, program="sample"),
 )
 
