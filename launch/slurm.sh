@@ -13,7 +13,7 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=TERM@300
-# 300 s before the time is over all processes are told; they finish the step, save and end with code 75. A job is also
+# 300 s before the time is over all processes are told; they finish the step, save and end. A job is also
 # queued again when a node fails or is taken away (--requeue). --gpus-per-task must not be set: JAX picks each process's
 # GPU by its number on the node, and has to see them all. All cores of a node are shared out among its processes:
 # https://docs.jax.dev/en/latest/gpu_performance_tips.html#multi-process
@@ -41,11 +41,18 @@ export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$workdir/compilat
 
 cancelled=""
 trap 'cancelled=1' TERM # scancel tells this script too; the signal before the end of the time does not
+# srun gives the highest code of all processes, and --kill-on-bad-exit ends those that are a moment later than the
+# first: 75 would not come through. So each process that was told to stop leaves a mark, and ends well.
+preempted=$PWD/.unialign-$SLURM_JOB_ID.preempted
+rm -f "$preempted"
+task='trap : TERM; "${@:2}" || { code=$?; [[ "$code" == 75 ]] || exit "$code"; touch "$1"; }'
 code=0
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun does not take it over from sbatch since SLURM 22.05
 # One process that fails ends all others, which would wait for it.
-srun --kill-on-bad-exit=1 "$python" launch/train.py "$@" --preempted_exit_code=75 || code=$?
-if [[ "$code" == 75 && -z "$cancelled" ]]; then
-  scontrol requeue "$SLURM_JOB_ID"
+srun --kill-on-bad-exit=1 bash -c "$task" task "$preempted" "$python" launch/train.py "$@" --preempted_exit_code=75 ||
+  code=$?
+if [[ -e "$preempted" ]]; then
+  rm -f "$preempted"
+  if [[ "$code" == 0 && -z "$cancelled" ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
 fi
 exit "$code"

@@ -231,16 +231,18 @@ def test_slurm_needs_sbatch_and_a_directory(tmp_path):
     assert result.returncode == 2 and "--workdir=DIRECTORY" in result.stderr
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(0, False), (75, True), (1, False)])
-def test_slurm_queues_itself_again_only_when_the_program_was_told_to_stop(checkout, code, requeued):
-    (checkout / "train.sh").write_text(f"exit {code}")
+@pytest.mark.parametrize(("code", "ends", "requeued"), [(0, 0, False), (75, 0, True), (1, 1, False)])
+def test_slurm_queues_itself_again_only_when_the_program_was_told_to_stop(checkout, code, ends, requeued):
+    # SLURM's signal reaches the shell around the program too: it must wait for what the program has to save.
+    (checkout / "train.sh").write_text(f"kill -TERM $PPID; sleep 0.2; exit {code}")
     stand_in(checkout / "bin/srun", 'echo "srun $1" >> slurm_calls; shift; exec "$@"')
     stand_in(checkout / "bin/scontrol", 'echo "scontrol $*" >> slurm_calls')
     environment = {"PATH": f"{checkout}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "5"}
     result = bash(
         "slurm.sh", *TRAIN[:1], "--workdir=/shared/run", cwd=checkout, SLURM_SUBMIT_DIR=str(checkout), **environment
     )
-    assert result.returncode == code, result.stderr
+    assert result.returncode == ends, result.stderr
+    assert not list(checkout.glob(".unialign*"))
     slurm_calls = (checkout / "slurm_calls").read_text().splitlines()
     assert slurm_calls == ["srun --kill-on-bad-exit=1"] + ["scontrol requeue 5"] * requeued
     cache, _, flags, arguments = calls(checkout)[0].split("|")
