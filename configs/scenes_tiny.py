@@ -103,7 +103,8 @@ def _stage(stage: str, root: config_dict.FieldReference) -> ml_collections.Confi
     config.strategy = "data"
     config.trained = ("transformer", "text_encoder")
     config.frozen = ()
-    config.lora = {"rank": 0, "targets": ("transformer/blocks/*/query",), "alpha": config_dict.placeholder(float)}
+    adapted = tuple(f"transformer/blocks/*/{name}" for name in ("query", "key", "value", "out"))
+    config.lora = {"rank": 0, "targets": adapted, "alpha": config_dict.placeholder(float)}
     config.init = config_dict.placeholder(str)
     config.init_average = True
     config.cached = ()

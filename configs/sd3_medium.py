@@ -98,7 +98,8 @@ def _stage(stage: str, shared: dict) -> ml_collections.ConfigDict:
     config.strategy = shared["strategy"]
     config.trained = ("transformer",)
     config.frozen = ()
-    config.lora = {"rank": 0, "targets": ("transformer/blocks/*/query",), "alpha": config_dict.placeholder(float)}
+    adapted = tuple(f"transformer/blocks/*/{name}" for name in ("query", "key", "value", "out"))
+    config.lora = {"rank": 0, "targets": adapted, "alpha": config_dict.placeholder(float)}
     config.init = config_dict.placeholder(str) if place else shared["init"]
     config.init_average = True
     config.cached = ()

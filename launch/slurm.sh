@@ -42,10 +42,17 @@ export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$workdir/compilat
 cancelled=""
 trap 'cancelled=1' TERM # scancel tells this script too; the signal before the end of the time does not
 # srun gives the highest code of all processes, and --kill-on-bad-exit ends those that are a moment later than the
-# first: 75 would not come through. So each process that was told to stop leaves a mark, and ends well.
+# first: 75 would not come through. So each process that was told to stop leaves a mark, and ends well. SLURM signals
+# the process that it has started, and some set-ups also those below it: this shell passes the signal on.
 preempted=$PWD/.unialign-$SLURM_JOB_ID.preempted
 rm -f "$preempted"
-task='trap : TERM; "${@:2}" || { code=$?; [[ "$code" == 75 ]] || exit "$code"; touch "$1"; }'
+# shellcheck disable=SC2016  # expanded by each process's shell
+task='"${@:2}" & child=$!
+trap "told=1; kill -TERM $child 2>/dev/null" TERM
+told=1
+while [[ "$told" ]]; do told=""; wait "$child"; code=$?; done # a signal ends this waiting, not the program
+[[ "$code" == 75 ]] || exit "$code"
+touch "$1"'
 code=0
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun does not take it over from sbatch since SLURM 22.05
 # One process that fails ends all others, which would wait for it.

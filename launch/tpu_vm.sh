@@ -126,7 +126,7 @@ wait_until_active() {
 # The workers' Ubuntu has an older Python than the package needs: uv brings one.
 readonly INSTALL='set -e; mkdir -p ~/unialign_jax; tar -xzf ~/unialign_jax.tar.gz -C ~/unialign_jax; cd ~/unialign_jax
 python3 -m pip install --quiet --user uv
-[ -x .venv/bin/python ] || python3 -m uv venv --quiet --python=3.12 .venv
+[ -x .venv/bin/python ] || python3 -m uv venv --quiet --python=3.11 .venv
 python3 -m uv pip install --quiet --python=.venv/bin/python -e ".[tpu]"
 .venv/bin/python -c "import jax; print(\"jax\", jax.__version__)"'
 

@@ -165,13 +165,13 @@ class UniAlignPipeline:
         return self._images(prompt, [[item] if inputs.is_image(item) else list(item) for item in items], **options)
 
     def caption(self, image: ImageLike | Sequence[ImageLike], **options: Unpack[TextOptions]) -> Any:
-        """Image -> text. 32 steps by default, as published."""
+        """Image -> text. Steps are by default those of the protocol, see `presets.Protocol`."""
         return self._texts(image, None, **options)
 
     def answer(
         self, image: ImageLike | Sequence[ImageLike], question: str | Sequence[str], **options: Unpack[TextOptions]
     ) -> Any:
-        """Image and question -> a word or phrase, under the published protocol (`presets.Protocol.question`)."""
+        """Image and question -> a word or phrase; the protocol words the question (`presets.Protocol.question`)."""
         inputs.as_list(image, question, "image", "question")
         return self._texts(image, question, **options)
 

@@ -59,7 +59,6 @@ def load(
     directory: epath.PathLike,
     *,
     dtype: str = "bfloat16",
-    param_dtype: str | None = None,
     average: bool = True,
     mesh: Mesh | None = None,
 ) -> Model:
@@ -69,8 +68,8 @@ def load(
       directory: local or `gs://`: a run's stage directory (its newest step), `.../checkpoints/STEP` of one, a
         directory written by `launch/convert.py --to=jax`, a local public PyTorch pipeline directory, or the name of a
         checkpoint that comes with the package (`shipped`).
-      dtype: compute dtype, "bfloat16" or "float32".
-      param_dtype: dtype of the parameters; None: the compute dtype (what sampling needs).
+      dtype: compute dtype, "bfloat16" or "float32"; that of the kernels too, as in training of what is frozen
+        (`Tuning.cast_frozen_kernels`).
       average: of a run, take the moving average of the parameters where one was kept.
       mesh: where the parameters go, split by the plan of training; None: whole on the first device.
 
@@ -78,13 +77,12 @@ def load(
       FileNotFoundError: nothing of the kind is there; the message says what was looked for.
       ValueError: it is damaged, or of another format.
     """
-    param_dtype = jnp.dtype(param_dtype or dtype)
     if is_public(directory):
-        return _load_public(storage.absolute(directory), dtype, param_dtype, mesh)
+        return _load_public(storage.absolute(directory), dtype, mesh)
     path = locate(directory)
     if store.is_converted(path):
-        return _load_converted(path, dtype, param_dtype, mesh)
-    return _load_step(path, dtype, param_dtype, average, mesh)
+        return _load_converted(path, dtype, mesh)
+    return _load_step(path, dtype, average, mesh)
 
 
 def is_public(directory: epath.PathLike) -> bool:
@@ -243,9 +241,7 @@ def _converted_params(path: epath.Path, abstract: Mapping[str, Any]) -> dict[str
         found = {tuple(leaf.split("/")): jax.ShapeDtypeStruct(x.shape, jnp.float32) for leaf, x in stored.items()}
         if differences := describe_differences(found, flat_leaves(_in_float32(tree)), prefix=f"{name}/"):
             raise ValueError(f"{path}: its {name} is not the config's: {differences}")
-        dtypes = {leaf.dtype for leaf in jax.tree.leaves(tree)}
-        dtype = dtypes.pop() if len(dtypes) == 1 else jnp.float32
-        params[name] = _cast(store.restore_network(path, name, dtype=dtype, shardings=_shardings(tree)), tree)
+        params[name] = store.restore_network(path, name, dtype=_dtypes(tree), shardings=_shardings(tree))
     return params
 
 
@@ -304,6 +300,10 @@ def _in_float32(abstract: Any) -> Any:
 
 def _shardings(abstract: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def _dtypes(abstract: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.dtype, abstract)
 
 
 def _cast(params: Any, abstract: Any) -> Any:
@@ -375,34 +375,34 @@ def record_of(start: str | None, stage_directory: epath.Path) -> str | None:
     return f"../{start.removeprefix(workdir)}" if start and start.startswith(workdir) else start
 
 
-def _placed(networks: Networks, dtype: Any, mesh: Mesh | None) -> dict[str, Any]:
-    """The networks in `SAMPLED` as trees of `jax.ShapeDtypeStruct` that say where each array goes."""
+def sampled(networks: Networks, mesh: Mesh | None) -> dict[str, Any]:
+    """The networks in `SAMPLED` as trees of `jax.ShapeDtypeStruct`: in which dtype each array is, and where it goes."""
     boxed = {name: tree for name, tree in networks.abstract().items() if name in SAMPLED}
     if mesh is None:
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: here, nn.unbox(boxed))
     else:
         shardings = parallel.param_shardings(boxed, mesh, check=False)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding), nn.unbox(boxed), shardings
-    )
+    placed = jax.tree.map(parallel.placed, nn.unbox(boxed), shardings)
+    return Tuning(trained=()).cast_frozen_kernels(placed, jnp.dtype(networks.transformer.dtype))
 
 
-def _load_converted(path: epath.Path, dtype: str, param_dtype: Any, mesh: Mesh | None) -> Model:
+def _load_converted(path: epath.Path, dtype: str, mesh: Mesh | None) -> Model:
     description = store.read_config(path)
     networks = build_networks(dict(description) | {"teacher": None}, dtype=dtype)
     params = {}
-    for name, tree in _placed(networks, param_dtype, mesh).items():
-        params[name] = store.restore_network(path, name, dtype=param_dtype, shardings=_shardings(tree)) if tree else {}
+    for name, tree in sampled(networks, mesh).items():
+        options = {"dtype": _dtypes(tree), "shardings": _shardings(tree)}
+        params[name] = store.restore_network(path, name, **options) if tree else {}
     return _published(networks, params, description, tokenizer_directory(path))
 
 
-def _load_public(path: epath.Path, dtype: str, param_dtype: Any, mesh: Mesh | None) -> Model:
+def _load_public(path: epath.Path, dtype: str, mesh: Mesh | None) -> Model:
     pipeline = open_pipeline(path)
     if pipeline.tokenizer is None:
         raise FileNotFoundError(f"{path} holds no tokenizer; copy the whole pipeline directory")
     networks = build_networks(dict(pipeline.model) | {"teacher": None}, dtype=dtype)
-    wanted = _placed(networks, param_dtype, mesh)
+    wanted = sampled(networks, mesh)
     params = {name: pipeline.read(name, tree) if tree else {} for name, tree in wanted.items()}
     return _published(networks, params, pipeline.model, epath.Path(pipeline.tokenizer))
 
@@ -423,12 +423,12 @@ def _published(networks: Networks, params: Any, description: Mapping[str, Any], 
     )
 
 
-def _load_step(path: epath.Path, dtype: str, param_dtype: Any, average: bool, mesh: Mesh | None) -> Model:
+def _load_step(path: epath.Path, dtype: str, average: bool, mesh: Mesh | None) -> Model:
     config = config_of(path)
     networks = build_networks(config["model"] | {"teacher": None}, dtype=dtype)
     return Model(
         networks=networks,
-        params=step_params(path, _placed(networks, param_dtype, mesh), average),
+        params=step_params(path, sampled(networks, mesh), average),
         tokenizer=Tokenizer.load(tokenizer_directory(path)),
         **sampling_of(config),
         shift=PUBLISHED_SHIFT,

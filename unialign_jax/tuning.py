@@ -32,7 +32,7 @@ class LoraConfig:
     """
 
     rank: int = 0
-    targets: tuple[str, ...] = ("transformer/blocks/*/query", "transformer/blocks/*/key", "transformer/blocks/*/value")
+    targets: tuple[str, ...] = tuple(f"transformer/blocks/*/{name}" for name in ("query", "key", "value", "out"))
     alpha: float | None = None
 
     def __post_init__(self):

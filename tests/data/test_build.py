@@ -25,7 +25,7 @@ from unialign_jax.data.samples import Cause, Refused, Sample
 from unialign_jax.data.tfds_source import TfdsSource
 
 
-def test_every_kind_of_sample_comes_back_as_it_was(tmp_path, encoded):
+def test_every_kind_of_sample_comes_back_as_it_was(tmp_path, encoded, monkeypatch):
     for i in range(4):
         (tmp_path / f"{i}.png").write_bytes(encoded(i, height=8 + i))
     turns = [{"from": "human", "value": "a é"}]
@@ -53,8 +53,12 @@ def test_every_kind_of_sample_comes_back_as_it_was(tmp_path, encoded):
         }
         assert made[i].__dict__ == expected
     assert TfdsSource(tmp_path / "made", "caption", "train[:1]")[0].task == "caption"
-    # Sizes were noted while building: nothing is measured any more.
-    np.testing.assert_array_equal(target_sizes(made), [[8, 10], [10, 10], [11, 10], [10, 10]])
+    # Sizes were noted while building: nothing is measured any more, whatever task a config reads it for.
+    with monkeypatch.context() as patch:
+        patch.setattr(buckets, "_measure", None)
+        for task in (None, "generate"):
+            sizes = target_sizes(TfdsSource(tmp_path / "made", task))
+            np.testing.assert_array_equal(sizes, [[8, 10], [10, 10], [11, 10], [10, 10]])
     assert epath.Path(made.sizes_path).exists() and not (tmp_path / "made" / ".unfinished").exists()
     decoded = tfds.builder_from_directory(tmp_path / "made").as_data_source(split="train")[1]
     assert decoded["target"].shape == (10, 10, 3) and (decoded["target"] == 2).all() and len(decoded["references"]) == 1

@@ -266,3 +266,14 @@ def test_fit_to_another_aspect_crops_only_what_is_over():
 def test_fit_of_a_thin_strip_takes_no_memory():
     assert images.fit(Image.new("RGB", (60_000, 1), "red"), 64, 64).tolist() == [[[255, 0, 0]] * 64] * 64
     assert images.fit(Image.new("RGB", (1, 60_000), "red"), 64, 32).shape == (64, 32, 3)
+
+
+def test_image_grid_places_each_image():
+    pictures = np.arange(1, 6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 3, 3), np.uint8)
+    grid = images.image_grid(pictures, columns=3)
+    assert grid.shape == (2 * 3 - 1, 3 * 4 - 1, 3)
+    for index in range(5):
+        row, column = divmod(index, 3)
+        np.testing.assert_array_equal(grid[row * 3 : row * 3 + 2, column * 4 : column * 4 + 3], pictures[index])
+    assert grid[:, 3].max() == grid[2].max() == 0 and grid[3:, 8:].max() == 0
+    assert images.image_grid(pictures[:2], columns=8).shape == (2, 7, 3)

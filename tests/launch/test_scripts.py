@@ -233,8 +233,9 @@ def test_slurm_needs_sbatch_and_a_directory(tmp_path):
 
 @pytest.mark.parametrize(("code", "ends", "requeued"), [(0, 0, False), (75, 0, True), (1, 1, False)])
 def test_slurm_queues_itself_again_only_when_the_program_was_told_to_stop(checkout, code, ends, requeued):
-    # SLURM's signal reaches the shell around the program too: it must wait for what the program has to save.
-    (checkout / "train.sh").write_text(f"kill -TERM $PPID; sleep 0.2; exit {code}")
+    # SLURM's signal goes to the shell around the program, which tells the program and waits for what it has to save.
+    told = f"trap 'sleep 0.2; exit {code}' TERM; kill -TERM $PPID; for i in {{1..200}}; do sleep 0.1; done"
+    (checkout / "train.sh").write_text(told)
     stand_in(checkout / "bin/srun", 'echo "srun $1" >> slurm_calls; shift; exec "$@"')
     stand_in(checkout / "bin/scontrol", 'echo "scontrol $*" >> slurm_calls')
     environment = {"PATH": f"{checkout}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "5"}

@@ -67,14 +67,3 @@ def test_errors_of_the_background_thread_surface(tmp_path):
     with pytest.raises(Exception, match="not written"):
         writer.write_audios(1, {"sound": np.zeros((1, 2, 1))}, sample_rate=8000)
         writer.flush()
-
-
-def test_image_grid_places_each_image():
-    images = np.arange(1, 6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 3, 3), np.uint8)
-    grid = writers.image_grid(images, columns=3)
-    assert grid.shape == (2 * 3 - 1, 3 * 4 - 1, 3)
-    for index in range(5):
-        row, column = divmod(index, 3)
-        np.testing.assert_array_equal(grid[row * 3 : row * 3 + 2, column * 4 : column * 4 + 3], images[index])
-    assert grid[:, 3].max() == grid[2].max() == 0 and grid[3:, 8:].max() == 0
-    assert writers.image_grid(images[:2], columns=8).shape == (2, 7, 3)

@@ -225,7 +225,7 @@ def restore_network(
     Args:
       directory: a converted directory.
       network: one of `names.NETWORKS`.
-      dtype: of the result; None keeps the stored one.
+      dtype: of the result, or a tree of them; None keeps the stored one.
       shardings: None: NumPy arrays. A `jax.sharding.Sharding`, or a tree of them: jax arrays, of which each host reads
         its own part.
 
@@ -237,16 +237,18 @@ def restore_network(
     """
     leaves = open_network(directory, network)
     tree = _nested(leaves)
+    dtypes = dtype if isinstance(dtype, Mapping) else jax.tree.map(lambda leaf: dtype or leaf.dtype, tree)
     if shardings is None:
-        args = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype), tree)
+        args = jax.tree.map(lambda leaf, dtype: ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype), tree, dtypes)
     else:
         if isinstance(shardings, jax.sharding.Sharding):
             shardings = jax.tree.map(lambda leaf: shardings, tree)
         args = jax.tree.map(
-            lambda leaf, sharding: ocp.ArrayRestoreArgs(
-                restore_type=jax.Array, sharding=sharding, global_shape=leaf.shape, dtype=dtype or leaf.dtype
+            lambda leaf, dtype, sharding: ocp.ArrayRestoreArgs(
+                restore_type=jax.Array, sharding=sharding, global_shape=leaf.shape, dtype=dtype
             ),
             tree,
+            dtypes,
             shardings,
         )
     path = storage.absolute(directory) / network

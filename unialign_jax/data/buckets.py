@@ -113,7 +113,7 @@ def target_sizes(source: Source, *, keep: bool = True) -> np.ndarray:
     path = epath.Path(source.sizes_path)
     if path.exists():
         with np.load(io.BytesIO(path.read_bytes())) as kept:
-            if json.loads(str(kept["fingerprint"])) == source.fingerprint():
+            if json.loads(str(kept["fingerprint"])) == source.targets_fingerprint():
                 return kept["sizes"]
         logging.warning("%s was made of another state of %s: the images are measured anew", path, source.path)
     chunks = [range(start, min(start + _CHUNK, len(source))) for start in range(0, len(source), _CHUNK)]
@@ -132,7 +132,7 @@ def target_sizes(source: Source, *, keep: bool = True) -> np.ndarray:
     if not keep:
         return sizes
     try:
-        save_sizes(path, source.fingerprint(), sizes)
+        save_sizes(path, source.targets_fingerprint(), sizes)
     except OSError as error:
         logging.warning("%s can't be written (%s): the images will be measured again next time", path, error)
     return sizes

@@ -221,7 +221,7 @@ def _finish(directory: epath.Path, plan: dict[str, Any], shards: int, report: Re
     )
     dataset = TfdsSource(directory)
     sizes = [size for account in accounts for size in account["sizes"]]
-    save_sizes(epath.Path(dataset.sizes_path), dataset.fingerprint(), np.array(sizes, np.int32))
+    save_sizes(epath.Path(dataset.sizes_path), dataset.targets_fingerprint(), np.array(sizes, np.int32))
     (directory / _WORK).rmtree()
 
 

@@ -256,3 +256,17 @@ def _deep_to_rgb(image: Image.Image) -> Image.Image:
         raise Refused(Cause.UNSUPPORTED_PIXELS, f"{detail}; save it with 8 or 16 bits per sample")
     grey = (samples.astype(np.uint32) * 255 + 32767) // 65535
     return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+
+
+def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
+    """Lays uint8 images `[N, H, W, C]` out row by row with a black line between: uint8 `[rows * (H+1) - 1, ..., C]`.
+
+    A last row that is not full is filled with black.
+    """
+    count, height, width, channels = images.shape
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    grid = np.zeros((rows * columns, height + 1, width + 1, channels), np.uint8)
+    grid[:count, :height, :width] = images
+    grid = grid.reshape(rows, columns, height + 1, width + 1, channels).swapaxes(1, 2)
+    return grid.reshape(rows * (height + 1), columns * (width + 1), channels)[:-1, :-1]

@@ -57,6 +57,8 @@ class JsonlSource:
         """What tells that a run had read another file, or read it for another task."""
         return self._rows.fingerprint() | {"task": self._task}
 
+    targets_fingerprint = fingerprint  # a row's task says which of its images is the target
+
 
 class ConversationSource:
     """Conversations, of a JSONL file or a JSON array, by index: each pair of turns is one sample.
@@ -107,6 +109,8 @@ class ConversationSource:
     def fingerprint(self) -> dict[str, int | str | None]:
         """What tells that a run had read another file, or read it for another task."""
         return self._rows.fingerprint() | {"samples": len(self), "task": self._task}
+
+    targets_fingerprint = fingerprint
 
     def _locate(self, index: int) -> tuple[int, int]:
         row = int(np.searchsorted(self._firsts, index, side="right")) - 1

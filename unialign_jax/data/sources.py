@@ -40,6 +40,10 @@ class Source(Protocol):
         """JSON-able; what tells that a source is no longer the one that a run had read."""
         ...
 
+    def targets_fingerprint(self) -> dict[str, Any]:
+        """JSON-able; what tells that its targets are no longer those whose sizes were kept."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:

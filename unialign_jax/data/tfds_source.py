@@ -120,9 +120,12 @@ class TfdsSource:
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells that a run had read another dataset, or read it otherwise."""
-        return {"rows": len(self), "name": self._name, "shards": self._shards, "task": self._task} | {
-            f"field {field}": name for field, name in self._fields.items()
-        }
+        fields = {f"field {field}": name for field, name in self._fields.items()}
+        return {"rows": len(self), "name": self._name, "shards": self._shards, "task": self._task} | fields
+
+    def targets_fingerprint(self) -> dict[str, Any]:
+        """What tells that the targets are others; they are the same for every task."""
+        return {"rows": len(self), "name": self._name, "shards": self._shards, "field target": self._fields["target"]}
 
     def _value(self, example: dict, field: str, name: str) -> Any:
         value: Any = example

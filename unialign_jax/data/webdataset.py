@@ -99,6 +99,8 @@ class TarSource:
         """What tells that a run had read other tars, or read them for another task; by names, places and sizes."""
         return {"rows": len(self), "checksum": zlib.crc32(repr(self._samples).encode()), "task": self._task}
 
+    targets_fingerprint = fingerprint
+
 
 def _samples_of(tar: epath.Path) -> Iterator[tuple[str, _Members]]:
     """(name, files) of each sample; files of one sample that don't stand together make several, as in WebDataset."""

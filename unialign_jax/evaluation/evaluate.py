@@ -16,11 +16,11 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from unialign_jax.data.images import image_grid
 from unialign_jax.data.scenes import usable_counts
 from unialign_jax.evaluation import scenes
 from unialign_jax.inference.presets import Protocol
 from unialign_jax.pipeline import UniAlignPipeline
-from unialign_jax.training.writers import image_grid
 
 _SHOWN = 12  # examples in a picture
 

@@ -230,7 +230,7 @@ class _Merger(nn.Module):
 
 
 class QwenVisionTower(nn.Module):
-    """The tower. Parameters are float32; `dtype` is the compute dtype; `attention` a key of `attention.BACKENDS`."""
+    """The tower. Parameters are float32; `dtype` is the compute dtype; `attention` as in `attention.attend`."""
 
     config: QwenVisionConfig
     dtype: jnp.dtype = jnp.bfloat16

@@ -51,7 +51,7 @@ class QwenTeacher:
     Attributes:
       config: shapes; the defaults are Qwen2.5-VL-7B's.
       dtype: compute dtype of the tower; vectors are always averaged and returned in float32.
-      attention: a key of `attention.BACKENDS`.
+      attention: see `attention.attend`.
 
     The parameters are `{"vision": ..., "token_embed": {"embedding": [vocab_size, out_hidden_size]}}`.
     """

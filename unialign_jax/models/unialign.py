@@ -251,7 +251,7 @@ class UniAlign(nn.Module):
       config: shape of the network.
       dtype: compute dtype of matmuls and of the residual streams.
       remat: a key of `REMAT_POLICIES`.
-      attention: a key of `attention.BACKENDS`.
+      attention: see `attention.attend`.
       unroll: how many blocks one iteration of the loop over blocks holds. More than one compiles longer; on CPUs, where
         what the loop keeps for the backward pass is copied in and out of fresh memory, all of them run faster.
     """

@@ -20,13 +20,13 @@ from etils import epath
 from PIL import Image
 
 from unialign_jax import agreement, parallel, pretrained, storage
+from unialign_jax.data.images import image_grid
 from unialign_jax.inference import inputs, presets
 from unialign_jax.inference.batches import Batches
 from unialign_jax.pipeline import TASKS, UniAlignPipeline
 from unialign_jax.sampling.outputs import FORMATS, Made, PngFiles, make_output
 from unialign_jax.sampling.rows import TEXT_TASKS, FileRows, FlagRows, Row, Rows
 from unialign_jax.storage import write_whole
-from unialign_jax.training.writers import image_grid
 
 SETTINGS_FILE = "run.json"
 _BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left, {rate_fmt}]"

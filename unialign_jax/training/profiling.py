@@ -1,4 +1,4 @@
-"""Profiles of a few training steps, for XProf: `xprof --logdir=WORKDIR`, or TensorBoard's profile page."""
+"""Profiles of a few training steps, for XProf: `xprof --logdir=WORKDIR/STAGE`, or TensorBoard's profile page."""
 
 import re
 import shutil

@@ -104,7 +104,8 @@ class RunConfig:
       steps: updates in all.
       model: the networks, as `networks.build_networks` takes them.
       data: what is trained on; its sources are named, and terms of the loss are reported by these names too. The
-        config's `data.root` is a directory that the paths of sources and of `tokenizer.more_texts` are relative to.
+        config's `data.root` is a directory that the paths of sources and of `tokenizer.more_texts` are relative to,
+        except TFDS datasets and addresses (`gs://`).
       source_names: the names, in the order of `data.sources`.
       objective, optimizer: see their classes; the mask and end tokens follow from the tokenizer.
       tokenizer: of the text encoder.

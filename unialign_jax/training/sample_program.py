@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -23,7 +22,7 @@ class SampleProgram:
       mesh: where; the parameters are split as in training, the batch by sample.
 
     Raises:
-      ValueError: networks that can't be built, or a batch, heads or parameters that the mesh does not divide.
+      ValueError: networks that can't be built, or a batch or heads that the mesh does not divide.
     """
 
     def __init__(self, run: RunConfig, mesh: Mesh):
@@ -31,9 +30,7 @@ class SampleProgram:
         self.networks = build_networks(run.model, dtype=run.dtype, attention=run.attention)
         parallel.check_batch(mesh, run.data.global_batch)
         parallel.check_heads(mesh, self.networks.transformer.config.num_attention_heads)
-        boxed = {name: tree for name, tree in self.networks.abstract().items() if name != "teacher"}
-        placed = parallel.param_shardings(boxed, mesh)
-        self.params = jax.tree.map(parallel.placed, nn.unbox(boxed), placed)
+        self.params = pretrained.sampled(self.networks, mesh)
 
     def parts(self, source: SourceConfig) -> dict[str, Any]:
         """The program's arguments by what they are for."""

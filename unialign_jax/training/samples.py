@@ -2,11 +2,11 @@
 
 import numpy as np
 
+from unialign_jax.data.images import image_grid
 from unialign_jax.data.tokenizer import Tokenizer
 from unialign_jax.networks import Networks, Params
 from unialign_jax.pipeline import UniAlignPipeline
 from unialign_jax.training.run_config import LogConfig
-from unialign_jax.training.writers import image_grid
 
 
 def sample_grid(

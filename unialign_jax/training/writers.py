@@ -170,17 +170,3 @@ def read_scalars(directory: epath.PathLike) -> dict[str, list[tuple[int, float]]
             if value.HasField("simple_value"):
                 scalars.setdefault(value.tag, {})[event.step] = value.simple_value
     return {tag: sorted(points.items()) for tag, points in scalars.items() if points}
-
-
-def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
-    """Lays uint8 images `[N, H, W, C]` out row by row with a black line between: uint8 `[rows * (H+1) - 1, ..., C]`.
-
-    A last row that is not full is filled with black.
-    """
-    count, height, width, channels = images.shape
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    grid = np.zeros((rows * columns, height + 1, width + 1, channels), np.uint8)
-    grid[:count, :height, :width] = images
-    grid = grid.reshape(rows, columns, height + 1, width + 1, channels).swapaxes(1, 2)
-    return grid.reshape(rows * (height + 1), columns * (width + 1), channels)[:-1, :-1]
