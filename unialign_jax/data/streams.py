@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import signal
 from collections.abc import Sequence
 from typing import Any
 
@@ -120,7 +121,14 @@ def read_ahead(elements: grain.MapDataset, config: DataConfig) -> grain.IterData
         return dataset
     workers = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=_BUFFER_PER_WORKER)
     shared = grain.experimental.DatasetOptions(min_shm_size=_MIN_SHARED_BYTES)
-    return grain.experimental.WithOptionsIterDataset(dataset, shared).mp_prefetch(workers)
+    return grain.experimental.WithOptionsIterDataset(dataset, shared).mp_prefetch(
+        workers, worker_init_fn=_work_to_the_end
+    )
+
+
+def _work_to_the_end(index: int, count: int) -> None:
+    """Told to stop with all processes of its group, a worker goes on: the run still takes steps before it saves."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @dataclasses.dataclass(frozen=True)
