@@ -89,7 +89,7 @@ def _stage(stage: str, shared: dict) -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.stage = stage
     config.after = CURRICULUM[place - 1] if place else config_dict.placeholder(str)
-    config.seed = 1234
+    config.seed = 1234 + place  # each stage draws its own noise and order
     config.steps = STEPS[stage]
     config.dtype = "bfloat16"
     config.remat = shared["remat"]

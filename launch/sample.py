@@ -41,6 +41,9 @@ _GUIDANCE = flags.DEFINE_float(
 _REFERENCE_GUIDANCE = flags.DEFINE_float(
     "reference_guidance", None, "Guidance on the reference images apart from the text's; 1, as published, is none."
 )
+_INTERVAL = flags.DEFINE_list(
+    "guidance_interval", None, "Noise levels low,high between 0 and 1 at which guidance acts; default: all."
+)
 _NEGATIVE = flags.DEFINE_string("negative_prompt", None, "What guidance leads away from; default: the protocol's.")
 _SIZE = flags.DEFINE_list("size", None, "Height,width in pixels; default: what the model was trained on.")
 _ASPECT = flags.DEFINE_string("aspect", None, "Width over height, such as 16:9, instead of --size.")
@@ -65,6 +68,13 @@ _PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from
 flags.mark_flags_as_required(["checkpoint", "task", "output"])
 
 
+def _interval() -> tuple[float, ...] | None:
+    try:
+        return None if _INTERVAL.value is None else tuple(map(float, _INTERVAL.value))
+    except ValueError:
+        raise ValueError(f"--guidance_interval={','.join(_INTERVAL.value)} is not of the form low,high") from None
+
+
 def _size() -> tuple[int, int] | None:
     if _SIZE.value is None:
         return None
@@ -80,6 +90,7 @@ def main() -> None:
         "steps": _STEPS.value,
         "guidance": _GUIDANCE.value,
         "reference_guidance": _REFERENCE_GUIDANCE.value,
+        "guidance_interval": _interval(),
         "negative_prompt": _NEGATIVE.value,
         "size": _size(),
         "aspect": _ASPECT.value,

@@ -77,4 +77,9 @@ def test_too_much_replication_is_refused_by_name():
     small = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0], leaf.shape[1] // 10), leaf.dtype), tree)
     parallel.param_shardings(small, abstract_mesh("fsdp", 8))
     parallel.param_shardings(tree, abstract_mesh("data", 8))  # copies are what this asks for
+    # An axis that does nothing for most of the bytes: each device holds three parts of twelve.
+    uneven = {"split": leaf(("embed", "mlp"), 64, 280_000)}
+    parallel.param_shardings(uneven, abstract_mesh("fsdp=4+tensor=4", 16))
+    with pytest.raises(ValueError, match=r"18\.2% .* copied to every device .*: split \(12\.4 MiB\)"):
+        parallel.param_shardings(uneven, abstract_mesh("fsdp=3+tensor=4", 12))
     assert parallel.param_shardings(tree, abstract_mesh("fsdp=3", 3))["whole"].spec == PartitionSpec("fsdp", None)

@@ -174,23 +174,30 @@ def param_shardings(abstract: Any, mesh: Mesh, *, check: bool = True) -> Any:
     return shardings
 
 
-def replicated_share(abstract: Any, shardings: Any) -> tuple[float, list[tuple[str, int]]]:
-    """Share of bytes whole on every device, and those leaves by size: `(share, [(path, bytes), ...])`."""
-    total, whole = 0, []
+def copied_share(abstract: Any, shardings: Any, parts: int) -> tuple[float, list[tuple[str, float]]]:
+    """Share of the bytes that each device holds beside its part, and where: `(share, [(path, bytes), ...])`.
+
+    A leaf that is whole everywhere counts whole, one in all `parts` not at all; in between lies one that some axis does
+    not divide.
+    """
+    total, copied = 0, []
     for (path, leaf), sharding in zip(jax.tree.leaves_with_path(abstract), jax.tree.leaves(shardings), strict=True):
         size = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
         total += size
-        if sharding.shard_shape(leaf.shape) == leaf.shape:
-            whole.append((jax.tree_util.keystr(path, simple=True, separator="/"), size))
-    return sum(size for _, size in whole) / max(total, 1), sorted(whole, key=lambda item: -item[1])
+        held = math.prod(sharding.shard_shape(leaf.shape)) / max(math.prod(leaf.shape), 1)
+        if held > 1 / parts:
+            beside = size * (held - 1 / parts) / (1 - 1 / parts)
+            copied.append((jax.tree_util.keystr(path, simple=True, separator="/"), beside))
+    return sum(size for _, size in copied) / max(total, 1), sorted(copied, key=lambda item: -item[1])
 
 
 def _check_replication(abstract: Any, shardings: Any, mesh: Mesh) -> None:
-    if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
+    parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    if parts == 1:
         return  # copies are what was asked for
-    share, whole = replicated_share(abstract, shardings)
-    if share > MAX_REPLICATED and sum(size for _, size in whole) > FREE_BYTES:
-        largest = ", ".join(f"{name} ({size / 2**20:.1f} MiB)" for name, size in whole[:5])
+    share, copied = copied_share(abstract, shardings, parts)
+    if share > MAX_REPLICATED and sum(size for _, size in copied) > FREE_BYTES:
+        largest = ", ".join(f"{name} ({size / 2**20:.1f} MiB)" for name, size in copied[:5])
         raise ValueError(
             f"{share:.1%} of the parameter bytes would be copied to every device of the mesh {dict(mesh.shape)}, more "
             f"than {MAX_REPLICATED:.0%}: {largest}; choose axis sizes that divide them"

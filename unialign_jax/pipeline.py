@@ -162,6 +162,9 @@ class UniAlignPipeline:
         Among several lists some may be empty.
         """
         items = [images] if isinstance(prompt, str) else images
+        for item in [items, *items]:
+            if not inputs.is_image(item):
+                inputs.check_list(item, "images")
         return self._images(prompt, [[item] if inputs.is_image(item) else list(item) for item in items], **options)
 
     def caption(self, image: ImageLike | Sequence[ImageLike], **options: Unpack[TextOptions]) -> Any:
@@ -248,7 +251,7 @@ class UniAlignPipeline:
     ) -> Any:
         """The image tasks; references per item, or None."""
         preset = self.protocol if protocol is None else presets.protocol(protocol)
-        prompts = inputs.check_texts([prompt] if isinstance(prompt, str) else list(prompt), "prompt")
+        prompts = inputs.check_texts(prompt, "prompt")
         if references is not None and (len(references) != len(prompts) or not any(references)):
             raise ValueError(
                 f"{len(prompts)} prompt(s) came with {[len(r) for r in references]} reference image(s); each prompt "
@@ -262,6 +265,9 @@ class UniAlignPipeline:
         inputs.check_number("steps", steps, 1, programs.MAX_STEPS, whole=True)
         inputs.check_number("guidance", guidance, 0)
         inputs.check_number("reference_guidance", reference_guidance, 0)
+        flow_matching.check_interval(guidance_interval)
+        if preview is not None and not callable(preview):
+            raise ValueError(f"preview is {preview!r}; a function was expected")
         if references is None and reference_guidance != 1:
             raise ValueError(f"reference_guidance {reference_guidance} needs reference images; there are none")
         if output not in ("pil", "array", "latent"):
@@ -335,6 +341,8 @@ class UniAlignPipeline:
         """The text tasks; no question is a caption."""
         preset = self.protocol if protocol is None else presets.protocol(protocol)
         single = inputs.is_image(image)
+        if not single:
+            inputs.check_list(image, "image")
         images = [image] if single else list(image)
         if not images:
             raise ValueError("there is nothing to do: the list is empty")
@@ -343,6 +351,8 @@ class UniAlignPipeline:
         settled = preset.settle("caption" if question is None else "answer", steps=steps, fast=fast)
         steps, fast = settled["steps"], settled["fast"]
         inputs.check_number("steps", steps, 1, programs.MAX_STEPS, whole=True)
+        if not isinstance(fast, bool):
+            raise ValueError(f"fast is {fast!r}; True or False was expected")
         if output not in ("text", "array"):
             raise ValueError(f"output is {output!r}; choose 'text' or 'array'")
         length = min(self.text_length, preset.caption_length if question is None else preset.answer_length)

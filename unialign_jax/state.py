@@ -112,10 +112,33 @@ def _block_matrices(params: Params) -> Params:
     )
 
 
+def _resting_without_gradient(muon: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Muon whose matrices stay where they are in a step that gives them no gradient.
+
+    Orthogonalizing makes every momentum equally large, however long ago its last gradient was: the last block's text
+    matrices, which steps of the image pass alone do not reach, would go on at full speed.
+    """
+
+    def update(grads: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
+        updates, state = muon.update(grads, state, params)
+
+        def rest(axes: Any, grad: jax.Array, update: jax.Array) -> jax.Array:
+            return update if axes is None else jnp.where(jnp.any(grad != 0, axis=(1, 2), keepdims=True), update, 0)
+
+        by_muon = _block_matrices(grads)
+        return jax.tree.map(rest, by_muon, grads, updates, is_leaf=_is_matrix_or_none), state
+
+    return optax.GradientTransformation(muon.init, update)
+
+
+def _is_matrix_or_none(leaf: Any) -> bool:
+    return leaf is None or isinstance(leaf, optax.contrib.MuonDimensionNumbers)
+
+
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Clip, then AdamW; or Muon and AdamW."""
     if config.muon:
-        direction = optax.contrib.muon(
+        muon = optax.contrib.muon(
             1.0,
             consistent_rms=0.2,
             muon_weight_dimension_numbers=_block_matrices,
@@ -123,7 +146,8 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
             adam_b1=config.b1,
             adam_b2=config.b2,
         )
-        direction = optax.chain(direction, optax.scale(-1.0))  # it is a whole optimizer, whose steps lead downhill
+        # It is a whole optimizer, whose steps lead downhill.
+        direction = optax.chain(_resting_without_gradient(muon), optax.scale(-1.0))
     else:
         direction = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
     return optax.chain(

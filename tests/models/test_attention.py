@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding
 
-from unialign_jax.models import attention
+from unialign_jax.models import attention, attention_kernels
 from unialign_jax.models.attention import attend
 from unialign_jax.models.attention_kernels import RESIDUALS, block_size, splash
 from unialign_jax.training import verdict
@@ -158,6 +159,18 @@ def test_auto_takes_the_kernel_of_the_platform(monkeypatch, caplog):
     assert "float32" in caplog.text and "head size 20" in caplog.text
     on_this_cpu = jax.jit(functools.partial(attend, backend="auto")).lower(*(jnp.zeros(shape),) * 3)
     assert "custom_call" not in on_this_cpu.as_text() and "stablehlo.while" in on_this_cpu.as_text()
+
+
+@pytest.mark.parametrize("capability", ["7.5", "gfx90a", ""])
+def test_auto_leaves_cudnn_to_gpus_that_have_it(monkeypatch, caplog, capability):
+    attention._warn_once.cache_clear()
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    gpu = types.SimpleNamespace(platform="gpu", compute_capability=capability, device_kind="a GPU")
+    monkeypatch.setattr(attention_kernels.jax, "local_devices", lambda: [gpu])
+    assert "__cudnn" not in lowered(GPU(data=1), "cuda", "auto", (1, 200, 2, 64))
+    assert "is older than NVIDIA's Ampere" in caplog.text
+    gpu.compute_capability = "8.0"
+    assert "__cudnn" in lowered(GPU(data=1), "cuda", "auto", (1, 200, 2, 64))
 
 
 @pytest.mark.parametrize(

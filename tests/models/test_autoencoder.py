@@ -16,6 +16,7 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.numpy import load_file
 
+from unialign_jax.models import autoencoder
 from unialign_jax.models.autoencoder import (
     Autoencoder,
     AutoencoderCodec,
@@ -113,8 +114,9 @@ def test_matches_recorded_case():
     np.testing.assert_allclose(images, recorded["decoded"], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize(("height", "width"), [(4, 4), (20, 36), (52, 12)])
-def test_matches_diffusers(small, height, width):
+@pytest.mark.parametrize(("height", "width", "queries"), [(4, 4, 1024), (20, 36, 1024), (52, 12, 7)])
+def test_matches_diffusers(small, monkeypatch, height, width, queries):
+    monkeypatch.setattr(autoencoder, "QUERIES", queries)  # 39 pixels attend by seven
     reference, params = small
     module, images = Autoencoder(SMALL, jnp.float32), images_of(height, width)
     with torch.no_grad():

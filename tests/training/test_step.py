@@ -212,7 +212,8 @@ def test_by_option_block_matrices_go_by_muon():
         learning_rate=0.1, warmup_steps=0, weight_decay=0.5, decay_matrices_only=True, clip_norm=1e9, muon=True
     )
     arrays = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (start, grads))
-    params = apply_gradients(create_state(arrays[0], config), arrays[1], config).params
+    state = apply_gradients(create_state(arrays[0], config), arrays[1], config)
+    params = state.params
 
     def newton_schulz(x):
         x = x / np.linalg.norm(x)
@@ -231,6 +232,12 @@ def test_by_option_block_matrices_go_by_muon():
     np.testing.assert_allclose(params["blocks"]["bias"], adam, atol=2e-5)
     adam = start["head"]["kernel"] * (1 - 0.1 * 0.5) - 0.1 * nesterov * np.sign(grads["head"]["kernel"])
     np.testing.assert_allclose(params["head"]["kernel"], adam, atol=2e-5)
+
+    # Where a step gives a matrix no gradient, its momentum does not move it.
+    some = arrays[1] | {"blocks": arrays[1]["blocks"] | {"kernel": arrays[1]["blocks"]["kernel"].at[1].set(0.0)}}
+    moved = apply_gradients(state, some, dataclasses.replace(config, weight_decay=0.0)).params["blocks"]["kernel"]
+    np.testing.assert_array_equal(moved[1], params["blocks"]["kernel"][1])
+    assert np.abs(moved[0] - params["blocks"]["kernel"][0]).min() > 1e-4
 
 
 def test_decay_of_matrices_only_spares_norms_and_biases():

@@ -83,6 +83,17 @@ def euler_sigmas(num_steps: int, shift: float = 3.0) -> np.ndarray:
     return np.append(shift_levels(times / NUM_TRAIN_TIMES, shift), 0).astype(np.float32)
 
 
+def check_interval(interval: Any) -> None:
+    """Refuses what is no interval of noise levels `(low, high)` in [0, 1].
+
+    Raises:
+      ValueError: naming it.
+    """
+    numbers = isinstance(interval, Sequence) and all(isinstance(x, int | float) for x in interval)
+    if not numbers or len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+        raise ValueError(f"guidance_interval is {interval!r}; expected two noise levels, 0 <= low <= high <= 1")
+
+
 def guided_runs(
     sigmas: np.ndarray, interval: tuple[float, float] = (0.0, 1.0), *, guided: bool = True
 ) -> list[tuple[int, int, bool]]:

@@ -9,9 +9,12 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from unialign_jax.data import images as image_files
-from unialign_jax.data.samples import Refused
+from unialign_jax.data.samples import Cause, Refused
 from unialign_jax.models.unialign import check_latent_size
 from unialign_jax.networks import Networks
+
+# All items of a batch have room for the most that one of them has, each as many tokens as the image itself.
+MAX_REFERENCES = 16
 
 ImageLike = Image.Image | np.ndarray | str | os.PathLike
 
@@ -28,6 +31,10 @@ def as_list(images: Any, texts: str | Sequence[str], image_name: str, text_name:
       ValueError: they do not go together.
     """
     single = is_image(images)
+    if not single:
+        check_list(images, image_name)
+    if not isinstance(texts, str):
+        check_list(texts, text_name)
     if single != isinstance(texts, str) or (not single and len(images) != len(texts)):
         count = 1 if single else len(images)
         raise ValueError(
@@ -37,12 +44,25 @@ def as_list(images: Any, texts: str | Sequence[str], image_name: str, text_name:
     return [images] if single else list(images)
 
 
-def check_texts(texts: Sequence[Any], name: str) -> list[str]:
-    """The texts as a list.
+def check_list(values: Any, name: str) -> None:
+    """Refuses what is neither one of something, which was found before, nor a list of them.
+
+    Raises:
+      ValueError: naming it.
+    """
+    if not isinstance(values, Sequence | np.ndarray) or isinstance(values, bytes) or np.ndim(values) == 0:
+        raise ValueError(f"{name} is a {type(values).__name__}; expected one {name}, or a list")
+
+
+def check_texts(texts: str | Sequence[Any], name: str) -> list[str]:
+    """One text or several as a list.
 
     Raises:
       ValueError: the list is empty, or holds something that is no text.
     """
+    if isinstance(texts, str):
+        texts = [texts]
+    check_list(texts, name)
     if not len(texts):
         raise ValueError("there is nothing to do: the list is empty")
     for index, text in enumerate(texts):
@@ -61,7 +81,9 @@ def check_seeds(seed: int | Sequence[int], count: int) -> np.ndarray:
     Raises:
       ValueError: another number of seeds, or one outside [0, 2**32).
     """
-    seeds = [seed + i for i in range(count)] if isinstance(seed, int | np.integer) else list(seed)
+    if np.ndim(seed) == 0:
+        check_number("seed", seed, 0, 2**32 - 1, whole=True)
+    seeds = [int(seed) + i for i in range(count)] if np.ndim(seed) == 0 else list(seed)
     whole = all(isinstance(s, int | np.integer) and 0 <= s < 2**32 for s in seeds)
     if len(seeds) != count or not whole:
         raise ValueError(f"{count} item(s) need as many seeds in [0, 2**32), not {seeds[:5]} ({len(seeds)})")
@@ -107,7 +129,8 @@ def image_size(
         height, width = (max(1, round(extent * shrink)) * factor for extent in (rows, columns))
     else:
         size = default if size is None else size
-        if len(size) != 2 or not all(isinstance(extent, int | np.integer) for extent in size):
+        whole = np.ndim(size) == 1 and all(isinstance(extent, int | np.integer) for extent in size)
+        if not whole or len(size) != 2:
             raise ValueError(f"size is {size!r}; expected (height, width) in pixels")
         height, width = map(int, size)
     if min(height, width) < factor or height % factor or width % factor:
@@ -136,7 +159,8 @@ def pixels(image: ImageLike, height: int, width: int) -> np.ndarray:
       height, width: in pixels.
 
     Raises:
-      ValueError: it can't be read, or is none of these.
+      ValueError: it is none of these, or no whole image.
+      OSError: it is there and can't be read.
     """
     try:
         if isinstance(image, str | os.PathLike):
@@ -155,6 +179,8 @@ def pixels(image: ImageLike, height: int, width: int) -> np.ndarray:
             raise ValueError(f"an image is a path, a PIL image or an array, not a {type(image).__name__}")
         return _fitted(image, height, width)
     except Refused as refused:
+        if refused.cause == Cause.UNREADABLE_IMAGE:  # by now: it may be readable later
+            raise OSError(f"image {refused}") from refused
         raise ValueError(f"image {refused}") from refused
 
 
@@ -172,8 +198,13 @@ def reference_pixels(references: Sequence[Sequence[ImageLike]], height: int, wid
     Returns:
       uint8 `[B, N, height, width, 3]` with N the largest number, and bool `[B, N]`, False where an item has no such
       reference.
+
+    Raises:
+      ValueError, OSError: see `pixels`; or more than `MAX_REFERENCES`.
     """
     room = max(map(len, references))
+    if room > MAX_REFERENCES:
+        raise ValueError(f"{room} reference images for one image; expected at most {MAX_REFERENCES}")
     stack = np.zeros((len(references), room, height, width, 3), np.uint8)
     mask = np.zeros((len(references), room), bool)
     for i, images in enumerate(references):

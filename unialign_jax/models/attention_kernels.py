@@ -5,6 +5,8 @@ None), and return `[B, Tq, H, D]` in the query's dtype with the softmax in float
 segment. Neither keeps the `[B, H, Tq, Tk]` weights in memory. Who shards what is `attention.attend`'s business.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
@@ -144,8 +146,12 @@ def splash(
 
 
 def cudnn_refusal(query: jax.Array) -> str | None:
-    """Why cuDNN's flash attention cannot take such inputs, or None if it can."""
+    """Why cuDNN's flash attention cannot take such inputs, here, or None if it can."""
     head_size = query.shape[-1]
+    for device in jax.local_devices():  # none of a GPU that is described only, for which anything is believed
+        capability = getattr(device, "compute_capability", "")  # "8.0"; of AMD's, "gfx90a"
+        if device.platform == "gpu" and not (re.fullmatch(r"[0-9.]+", capability) and float(capability) >= 8):
+            return f"{device.device_kind} ({capability or 'of no known capability'}) is older than NVIDIA's Ampere, 8.0"
     if query.dtype not in CUDNN_DTYPES:
         return f"dtype {query.dtype} is not one of bfloat16, float16"
     if head_size % 8 or head_size > CUDNN_HEAD_LIMIT:

@@ -16,6 +16,7 @@ from unialign_jax.models.attention import attend
 from unialign_jax.models.layers import Dense, matmul_precision
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
+QUERIES = 1024  # pixels that attend to all others at a time
 CHANNELS = ("channels_in", "channels_out")
 
 
@@ -117,7 +118,10 @@ class _Resnet(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Plain self-attention of all pixels, one head as wide as the feature map, beside a shortcut."""
+    """Plain self-attention of all pixels, one head as wide as the feature map, beside a shortcut.
+
+    Few queries at a time attend to all keys: of all of them, a latent of 128 x 128 has weights of 1 GiB, in float32.
+    """
 
     groups: int
     dtype: jnp.dtype
@@ -128,7 +132,15 @@ class _Attention(nn.Module):
         dense = functools.partial(Dense, channels, CHANNELS, dtype=self.dtype)
         y = _norm(self.groups, "norm")(x).reshape(batch, height * width, channels)
         query, key, value = (dense(name=name)(y)[:, :, None] for name in ("query", "key", "value"))
-        return x + dense(name="out")(attend(query, key, value)[:, :, 0]).reshape(x.shape)
+        pixels = height * width
+        if pixels > QUERIES:
+            padded = jnp.pad(query, ((0, 0), (0, -pixels % QUERIES), (0, 0), (0, 0)))
+            parts = jnp.moveaxis(padded.reshape(batch, -1, QUERIES, 1, channels), 1, 0)
+            y = jnp.moveaxis(jax.lax.map(lambda part: attend(part, key, value), parts), 0, 1)
+            y = y.reshape(batch, -1, channels)[:, :pixels]
+        else:
+            y = attend(query, key, value)[:, :, 0]
+        return x + dense(name="out")(y).reshape(x.shape)
 
 
 class _Mid(nn.Module):

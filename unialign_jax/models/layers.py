@@ -86,16 +86,11 @@ class RMSNorm(nn.Module):
 
     epsilon: float = 1e-6
     dtype: jnp.dtype = jnp.bfloat16
-    axis: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param(
-            "scale",
-            nn.with_logical_partitioning(nn.initializers.ones_init(), (self.axis,)),
-            (x.shape[-1],),
-            jnp.float32,
-        )
+        init = nn.with_logical_partitioning(nn.initializers.ones_init(), (None,))
+        scale = self.param("scale", init, (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
         return (x * scale).astype(self.dtype)

@@ -76,6 +76,8 @@ def _check_given(task: str, prompt: Any, images: Sequence[str], said: tuple[str,
             raise ValueError(f"{task} {'needs' if task in needs else 'takes no'} {name}")
     if task in ("edit", "perceive", *TEXT_TASKS) and len(images) != 1:
         raise ValueError(f"{task} takes one image a row, not {len(images)}")
+    if len(images) > inputs.MAX_REFERENCES:
+        raise ValueError(f"{task} takes at most {inputs.MAX_REFERENCES} images a row, not {len(images)}")
 
 
 class FlagRows(Rows):

@@ -9,6 +9,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,7 +22,8 @@ from PIL import Image
 
 from unialign_jax import agreement, parallel, pretrained, storage
 from unialign_jax.data.images import image_grid
-from unialign_jax.inference import inputs, presets
+from unialign_jax.diffusion import flow_matching
+from unialign_jax.inference import inputs, presets, programs
 from unialign_jax.inference.batches import Batches
 from unialign_jax.pipeline import TASKS, UniAlignPipeline
 from unialign_jax.sampling.outputs import FORMATS, Made, PngFiles, make_output
@@ -30,6 +32,12 @@ from unialign_jax.storage import write_whole
 
 SETTINGS_FILE = "run.json"
 _BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left, {rate_fmt}]"
+# Options that are numbers: lowest, highest, whether whole.
+_NUMBERS = {
+    "steps": (1, programs.MAX_STEPS, True),
+    "guidance": (0, math.inf, False),
+    "reference_guidance": (0, math.inf, False),
+}
 _SHOWN = 100  # results that a run from flags names on standard output
 
 
@@ -168,15 +176,24 @@ def _check(job: Job) -> Rows:
         raise ValueError(f"format {job.format!r} is unknown; choose one of {', '.join(FORMATS)}")
     if job.grid and (job.format != "png" or job.task in TEXT_TASKS):
         raise ValueError("a grid is made of PNG files; leave it out, or choose format png and a task that makes images")
+    inputs.check_number("seed", job.seed, 0, 2**32 - 1, whole=True)
     for name in ("count", "shard_rows", "batch"):
         if getattr(job, name) is not None:
             inputs.check_number(name, getattr(job, name), 1, whole=True)
     if job.task in TEXT_TASKS:
-        given = [name for name in ("guidance", "reference_guidance", "negative_prompt") if name in job.options]
+        names = ("guidance", "reference_guidance", "guidance_interval", "negative_prompt")
+        given = [name for name in names if name in job.options]
         if given:
             raise ValueError(f"{job.task} takes no {' or '.join(given)}: it makes text")
     elif "fast" in job.options:
         raise ValueError(f"{job.task} takes no fast: it makes images")
+    for name, (low, high, whole) in _NUMBERS.items():
+        if name in job.options:
+            inputs.check_number(name, job.options[name], low, high, whole=whole)
+    if "guidance_interval" in job.options:
+        flow_matching.check_interval(job.options["guidance_interval"])
+    if "protocol" in job.options:
+        presets.protocol(job.options["protocol"])
     if job.prompts is None:
         return FlagRows(job.task, job.seed, job.prompt, job.images, job.count)
     if job.prompt or job.images or job.count != 1:

@@ -31,6 +31,7 @@ from unialign_jax.training.run_config import RunConfig
 from unialign_jax.training.samples import sample_grid
 
 # Seconds for the process that compiles most slowly.
+_FLUSHING = 60  # seconds after which what was written can be looked at
 _COMPILING = 3600
 
 
@@ -164,7 +165,7 @@ def train(
         window, watch = DelayedMetrics(by_source=len(run.source_names) > 1), Stopwatch()
         profiler = StepProfiler(profile_steps if speaks else None, directory)
         stack.callback(profiler.close)
-        stopping = False
+        stopping, flushed = False, time.monotonic()
         while step < run.steps and not stopping:
             step += 1
             source, name = run.data.sources[batches.next_source], run.source_names[batches.next_source]
@@ -200,10 +201,6 @@ def train(
                     rates = watch.lap(work)
                     writer.write_scalars(step, losses | rates)
                     say(progress_line(step, run.steps, rates, losses))
-            if saving:
-                with watch.paused():
-                    writer.flush()  # a resumed run does not write again what lies before the step it resumes at
-                    checkpoints.save(step, state, merge_states(agreement.gather(batches.get_state())), meta)
             if held_batch is not None and (last or step % run.log.samples_every == 0) and not stopping:
                 window.drain()
                 with watch.paused(), jax.set_mesh(program.mesh):
@@ -212,6 +209,13 @@ def train(
                     writer.write_images(step, {"samples": images})
                     writer.write_texts(step, {"captions": text})
                     del params  # with adapters, merged kernels that no step needs
+            if saving or time.monotonic() - flushed > _FLUSHING:
+                with watch.paused():
+                    writer.flush()  # a resumed run does not write again what lies before the step it resumes at
+                flushed = time.monotonic()
+            if saving:
+                with watch.paused():
+                    checkpoints.save(step, state, merge_states(agreement.gather(batches.get_state())), meta)
 
         batches.set_state(merge_states(agreement.gather(batches.get_state())))  # with the reports of all processes
         for report in batches.reports:
