@@ -7,6 +7,8 @@ import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Programs of several CPU devices can't be read from a cache, see `compilation_cache`.
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 # The tests' programs are tiny: compiling them is most of the time, and this leaves a quarter of it.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"

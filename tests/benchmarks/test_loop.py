@@ -32,5 +32,5 @@ def test_report(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "a" / "loop.json").read_text()) == report
     assert report["suite"] == "loop" and report["steps_per_turn"] == 1 and report["devices"] == 1
     assert len(report["bare_step_seconds"]) == 3 and len(report["loop_step_seconds"]) == 2
-    low, high = report["ratio"]["quartiles"]
-    assert 0 < low <= report["ratio"]["median"] <= high
+    low, high = report["ratio"]["quartiles"]  # of two rounds, beyond both: they may be anything
+    assert low <= report["ratio"]["median"] <= high and report["ratio"]["median"] > 0

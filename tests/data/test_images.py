@@ -263,9 +263,17 @@ def test_fit_to_another_aspect_crops_only_what_is_over():
     np.testing.assert_allclose(tall[30, [0, -1], 0], [90, 149], atol=3)
 
 
-def test_fit_of_a_thin_strip_takes_no_memory():
+def test_fit_of_a_thin_strip_takes_no_memory(monkeypatch):
+    resize, sizes = Image.Image.resize, []
+
+    def noted(self, size, *arguments, **options):
+        sizes.append(size)
+        return resize(self, size, *arguments, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", noted)
     assert images.fit(Image.new("RGB", (60_000, 1), "red"), 64, 64).tolist() == [[[255, 0, 0]] * 64] * 64
     assert images.fit(Image.new("RGB", (1, 60_000), "red"), 64, 32).shape == (64, 32, 3)
+    assert sizes and max(width * height for width, height in sizes) <= 64 * 64  # not 60 000 times 64 x 64
 
 
 def test_image_grid_places_each_image():

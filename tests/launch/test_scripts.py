@@ -212,12 +212,13 @@ def test_a_worker_that_is_stopped_lets_the_program_save_and_does_not_start_again
     )
     worker = subprocess.Popen(["bash", str(checkout / "launch/tpu_vm.sh"), *WORK], cwd=checkout, stdout=subprocess.PIPE)
     try:
-        for _ in range(200):
+        for _ in range(1200):
             if (checkout / "ready").exists():
                 break
             time.sleep(0.05)
+        assert (checkout / "ready").exists()
         worker.send_signal(signal.SIGTERM)
-        output, _ = worker.communicate(timeout=20)
+        output, _ = worker.communicate(timeout=60)
     finally:
         worker.kill()
     assert (checkout / "saved").exists() and len(calls(checkout)) == 1

@@ -146,8 +146,7 @@ def test_only_the_wanted_head_is_computed():
     np.testing.assert_array_equal(both.text_logits, words.text_logits)
 
 
-@pytest.mark.parametrize("policy", sorted(REMAT_POLICIES))
-def test_remat_changes_no_gradient(policy):
+def test_remat_changes_no_gradient():
     model, params = tiny()
     latents, text, time, _ = inputs()
 
@@ -156,8 +155,10 @@ def test_remat_changes_no_gradient(policy):
         return sum(jnp.sum(jnp.square(x)) for x in out)
 
     grad = jax.jit(jax.grad(loss), static_argnums=1)
-    expected, got = (grad(params, remat) for remat in ("none", policy))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * (1 + np.abs(b).max())), got, expected)
+    expected = grad(params, "none")
+    for policy in sorted(set(REMAT_POLICIES) - {"none"}):
+        got = grad(params, policy)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * (1 + np.abs(b).max())), got, expected)
 
 
 def test_qk_norm_matches_its_definition():

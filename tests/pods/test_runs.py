@@ -85,7 +85,7 @@ def run(corpus, start):
     return run
 
 
-def finish(running, timeout=1800):
+def finish(running, timeout=900):
     try:
         return [process.communicate(timeout=timeout) for process in running]
     finally:
