@@ -10,6 +10,7 @@ import importlib.util
 import json
 import pathlib
 import re
+import runpy
 import sys
 import threading
 import urllib.parse
@@ -28,9 +29,16 @@ from tensorboardX.proto.event_pb2 import Event
 from unialign_jax import exports, pretrained, storage
 from unialign_jax.checkpoints import Checkpoints
 from unialign_jax.data import scenes
+from unialign_jax.data.build import build
+from unialign_jax.data.jsonl import JsonlSource
+from unialign_jax.data.sources import open_source
 from unialign_jax.data.tokenizer import Tokenizer
-from unialign_jax.training import loop, writers
+from unialign_jax.networks import build_networks
+from unialign_jax.training import loop, run_config, tokenizers, writers
+from unialign_jax.training.caching import caches_of
+from unialign_jax.training.precompute import precompute
 
+pytestmark = pytest.mark.usefixtures("shared_compilations")
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
 
@@ -78,10 +86,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not file.is_file():
                 return self.answer(404)
             content, generation = file.read_bytes(), self.generation(file)
-        span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        span = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
         headers = {"x-goog-generation": generation, "x-goog-stored-content-length": len(content)}
         if span:
-            start, stop = int(span[1]), int(span[2]) + 1 if span[2] else len(content)
+            start, stop = int(span[1] or 0), int(span[2]) + 1 if span[2] and span[1] else len(content)
+            start = start if span[1] else max(0, len(content) - int(span[2]))  # "-5": the last five bytes
             stop = min(stop, len(content))
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
             return self.answer(206, content[start:stop], headers)
@@ -137,6 +146,9 @@ def bucket(tmp_path_factory):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{server.server_port}")
+        patch.setenv(
+            "CLOUD_STORAGE_EMULATOR_ENDPOINT", f"http://127.0.0.1:{server.server_port}"
+        )  # ArrayRecord's reader
         patch.setenv("GCE_METADATA_ROOT", f"127.0.0.1:{server.server_port}")  # there are no credentials to be found
         patch.setattr(gcs_utils, "is_hierarchical_namespace_enabled", lambda path: False)
         patch.setitem(_registry, "gcs", Objects)
@@ -273,3 +285,27 @@ def check_model(model, state):
     for name, tree in state.ema.items():
         for a, b in zip(jax.tree.leaves(model.params[name]), jax.tree.leaves(tree), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def test_caches(bucket, tmp_path):
+    """Made in a bucket and read from there, of a dataset that is there as well: as on a local disk."""
+    scenes.write_corpus(tmp_path / "corpus", count=6, size=16, chosen=["generate"])
+    build(JsonlSource(tmp_path / "corpus" / "generate.jsonl"), f"{bucket}/shards", rows_per_shard=4)
+    get_config = runpy.run_path(str(pathlib.Path(__file__).parent / "caches" / "config.py"))["get_config"]
+    held = []
+    for place in (f"{bucket}/caches", str(tmp_path / "caches")):
+        config = get_config("").lock()
+        with config.unlocked():
+            config.data.sources = {"draw": {"path": f"{bucket}/shards", "format": "tfds", "task": "generate"}}
+        config.cached, config.cache_directory = ("latents", "instructions"), place
+        precompute(config, place, rows_per_shard=4, batch=2)
+        assert len(list((epath.Path(place) / "draw" / "16x16").glob("*/*.array_record"))) == 4
+        run = run_config.read(config)
+        tokenizer = tokenizers.make(run, None)
+        caches = caches_of(run, build_networks(run.model, dtype=run.dtype), tokenizer, None)
+        source = open_source(run.data.sources[0])
+        opened = caches.open(0, source, np.arange(6), (16, 16), 0)
+        rows = [cache.read(row, cache.digest(source[row])) for cache in opened.values() for row in range(6)]
+        held.append((rows, opened["instructions"].null_states()))
+    assert len(held[0][0]) == 12
+    jax.tree.map(np.testing.assert_array_equal, *held)
