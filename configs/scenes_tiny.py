@@ -1,6 +1,7 @@
 """A small model from scratch on the embedded scenes, 32 x 32 pixels: all six tasks, in three stages, on a laptop's CPU.
 
-    python -m unialign_jax.data.scenes --target=data/scenes --count=100000
+    python -m unialign_jax.data.scenes --target=data/scenes --count=100000 \\
+        --things=1 --things=1 --things=2 --things=2 --things=2 --things=3 --things=4
     python launch/train.py --config=configs/scenes_tiny.py:all --workdir=runs/scenes
 
 Why the recipe is what it is, and how long it takes: docs/recipes.md.
