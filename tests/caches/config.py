@@ -74,6 +74,7 @@ def get_config(corpus: str) -> ml_collections.ConfigDict:
                 "height": 16,
                 "width": 16,
                 "max_aspect": 1.0,
+                "side_multiple": 8,
                 "text_length": 12,
                 "teacher_length": 12,
                 "refused_share": 0.2,

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -13,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordReader
+from PIL import Image
 
 from unialign_jax.batch import Batch
 from unialign_jax.data import scenes
 from unialign_jax.data.build import build
-from unialign_jax.data.caches import CacheMismatch, Description
+from unialign_jax.data.caches import DIGEST_BYTES, CacheMismatch, Description
 from unialign_jax.data.jsonl import JsonlSource
 from unialign_jax.data.pipeline import make_batches
 from unialign_jax.data.report import CorpusError
@@ -257,24 +260,54 @@ def test_killed_on_four_devices_it_goes_on_on_one(corpus, cached, tmp_path, caps
     assert found["draw", "latents"][SPOILT] == found["draw", "teacher"][SPOILT] == "not an image"
 
 
-def test_hosts_share_the_shards_and_write_the_same_files(corpus, cached, tmp_path, monkeypatch):
-    """Each of three hosts makes shards of its own, in step with the others; together they make what one makes."""
-    config = make_config(corpus, cached=("latents",))
-    made = []
-    for host in range(3):
-        share = cache_jobs.Share((4, 4, 4), host, True)
-        monkeypatch.setattr(cache_jobs.Share, "of", classmethod(lambda cls, program, share=share: share))
-        precompute(config, tmp_path / str(host), rows_per_shard=3, batch=4, sources=["draw"])
-        made.append({path.name: path for path in (tmp_path / str(host)).rglob("*.array_record")})
-    assert [len(shards) for shards in made] == [2, 1, 1] and len({name for shards in made for name in shards}) == 4
-    for shards in made[1:]:
-        for path in shards.values():
-            path.rename(tmp_path / "0" / "draw" / "16x16" / "latents" / path.name)
-    config = make_config(corpus, cached=("latents",), cache_directory=str(tmp_path / "0"))
-    config.data.sources = {"draw": config.data.sources["draw"]}
-    found = records(config)
-    config.cache_directory = str(cached)
-    assert_close(found, records(config))
+def test_two_processes_make_what_one_makes(corpus, tmp_path):
+    """Real ones, by the command, of images in two buckets: the same files, with the same rows and refusals in them."""
+    shutil.copytree(corpus, tmp_path / "corpus")
+    for row in range(1, ROWS, 2):
+        path = tmp_path / "corpus" / "images" / f"generate_{row:06d}.png"
+        if row != SPOILT:
+            Image.open(path).resize((48, 16)).save(path)
+    changes = {"cached": ("latents", "instructions"), "data.max_aspect": 4.0, "data.side_multiple": 8}
+    precompute(make_config(tmp_path / "corpus", **changes), tmp_path / "one", rows_per_shard=3, batch=4)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    command = [
+        *(sys.executable, "launch/precompute.py", f"--config={HERE / 'config.py'}:{tmp_path / 'corpus'}"),
+        *(f"--target={tmp_path / 'two'}", "--rows_per_shard=3", "--batch=4", "--compilation_cache="),
+        *(f"--config.{key}={value}" for key, value in changes.items()),
+        *(f"--coordinator=127.0.0.1:{port}", "--num_processes=2"),
+    ]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "NPROC": "32"}
+    pair = [
+        subprocess.Popen([*command, f"--process_id={i}"], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=600)[1] for process in pair]
+    finally:
+        for process in pair:
+            process.kill()
+    assert [process.returncode for process in pair] == [0, 0], errors
+
+    shards = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.array_record"))
+    assert shards == sorted(path.relative_to(tmp_path / "two") for path in (tmp_path / "two").rglob("*.array_record"))
+    assert {shard.parts[:2] for shard in shards} == {("draw", "16x16"), ("draw", "8x32"), ("join", "16x16")}
+    refused = 0
+    for shard in shards:
+        both = [ArrayRecordReader(str(tmp_path / name / shard)) for name in ("one", "two")]
+        alone, together = (reader.read([*range(reader.num_records())]) for reader in both)
+        assert len(alone) == len(together)
+        for a, b in zip(alone, together, strict=True):
+            head = DIGEST_BYTES + 1  # and whether the row can be used
+            assert a[:head] == b[:head]
+            if a[head - 1]:
+                values = (np.frombuffer(record[head:], np.float32) for record in (a, b))
+                np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-5)
+            else:
+                refused += 1
+                assert a == b
+    assert refused == 6  # one image and two compositions, in both parts
 
 
 def test_the_hosts_steps_are_in_step():

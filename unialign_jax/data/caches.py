@@ -41,7 +41,7 @@ DESCRIPTION_FILE, NULL_STATES_FILE = "cache.json", "null_states"
 # One record is read at a time, and numbers like these hardly compress.
 WRITER_OPTIONS = "group_size:1,uncompressed"
 _VERSION = 1
-_DIGEST = 8
+DIGEST_BYTES = 8
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -75,7 +75,7 @@ class Description:
     def row_bytes(self) -> int:
         """Size of the record of a usable row."""
         arrays = (math.prod(shape) * _DTYPES[dtype].itemsize for dtype, shape in self.arrays.values())
-        return _DIGEST + 1 + sum(arrays)
+        return DIGEST_BYTES + 1 + sum(arrays)
 
     def shard_rows(self, shard: int) -> range:
         """Which of the stream's rows are in a shard."""
@@ -147,7 +147,7 @@ def digest(sample: Sample, source: Source) -> bytes:
 
     texts = (sample.task, sample.caption, sample.instruction, sample.question, sample.answer)
     content = json.dumps([texts, *map(image, (sample.target, *sample.references))])
-    return hashlib.blake2b(content.encode(), digest_size=_DIGEST).digest()
+    return hashlib.blake2b(content.encode(), digest_size=DIGEST_BYTES).digest()
 
 
 def usable_record(sample_digest: bytes, arrays: Mapping[str, np.ndarray], description: Description) -> bytes:
@@ -164,7 +164,7 @@ def usable_record(sample_digest: bytes, arrays: Mapping[str, np.ndarray], descri
 def refused_record(sample_digest: bytes | None, refused: Refused) -> bytes:
     """The record of a row that can't be used; without a digest if there was no sample."""
     content = json.dumps([str(refused.cause), refused.detail]).encode()
-    return (sample_digest or bytes(_DIGEST)) + b"\0" + content
+    return (sample_digest or bytes(DIGEST_BYTES)) + b"\0" + content
 
 
 class Cache:
@@ -232,14 +232,14 @@ class Cache:
             raise CorpusError(
                 f"{error}; remove this file, and the same launch/precompute.py command makes it again"
             ) from error
-        if content[:_DIGEST] != mark:
+        if content[:DIGEST_BYTES] != mark:
             raise CacheMismatch(
                 f"{self.path} is not a cache of {self._source.path}: {self._source.place(row)} has changed. {_ADVICE}"
             )
-        if not content[_DIGEST]:
-            cause, detail = json.loads(content[_DIGEST + 1 :])
+        if not content[DIGEST_BYTES]:
+            cause, detail = json.loads(content[DIGEST_BYTES + 1 :])
             raise Refused(Cause(cause), detail)
-        arrays, offset = {}, _DIGEST + 1
+        arrays, offset = {}, DIGEST_BYTES + 1
         for name, (dtype, shape) in self.description.arrays.items():
             count = math.prod(shape)
             arrays[name] = np.frombuffer(content, _DTYPES[dtype], count, offset).reshape(shape)

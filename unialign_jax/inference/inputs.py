@@ -44,13 +44,17 @@ def as_list(images: Any, texts: str | Sequence[str], image_name: str, text_name:
     return [images] if single else list(images)
 
 
+def _is_list(values: Any) -> bool:
+    return values.ndim > 0 if isinstance(values, np.ndarray) else isinstance(values, list | tuple)
+
+
 def check_list(values: Any, name: str) -> None:
     """Refuses what is neither one of something, which was found before, nor a list of them.
 
     Raises:
       ValueError: naming it.
     """
-    if not isinstance(values, Sequence | np.ndarray) or isinstance(values, bytes) or np.ndim(values) == 0:
+    if not _is_list(values):
         raise ValueError(f"{name} is a {type(values).__name__}; expected one {name}, or a list")
 
 
@@ -81,9 +85,10 @@ def check_seeds(seed: int | Sequence[int], count: int) -> np.ndarray:
     Raises:
       ValueError: another number of seeds, or one outside [0, 2**32).
     """
-    if np.ndim(seed) == 0:
+    if not _is_list(seed) and not isinstance(seed, range):
         check_number("seed", seed, 0, 2**32 - 1, whole=True)
-    seeds = [int(seed) + i for i in range(count)] if np.ndim(seed) == 0 else list(seed)
+        seed = range(int(seed), int(seed) + count)
+    seeds = list(seed)
     whole = all(isinstance(s, int | np.integer) and 0 <= s < 2**32 for s in seeds)
     if len(seeds) != count or not whole:
         raise ValueError(f"{count} item(s) need as many seeds in [0, 2**32), not {seeds[:5]} ({len(seeds)})")
@@ -129,7 +134,7 @@ def image_size(
         height, width = (max(1, round(extent * shrink)) * factor for extent in (rows, columns))
     else:
         size = default if size is None else size
-        whole = np.ndim(size) == 1 and all(isinstance(extent, int | np.integer) for extent in size)
+        whole = _is_list(size) and all(isinstance(extent, int | np.integer) for extent in size)
         if not whole or len(size) != 2:
             raise ValueError(f"size is {size!r}; expected (height, width) in pixels")
         height, width = map(int, size)
