@@ -98,7 +98,7 @@ def worst(errors: list[tuple[float, str]]) -> tuple[float, str]:
 
 
 def main() -> None:
-    """Prints the worst relative errors of every case, each with the name of where it is."""
+    """Prints what `compare` finds of every case."""
 
     def build(case):
         strategy, bucket, aligned = case
@@ -107,31 +107,38 @@ def main() -> None:
         source = SourceConfig("rows.jsonl", references=BUCKETS[bucket])
         return program, source, program.lower(source).compile()
 
-    alone = [("fsdp", bucket, aligned) for bucket, aligned in sorted({case[1:] for case in CASES})]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        built = dict(zip([*alone, *CASES], pool.map(build, [*alone, *CASES]), strict=True))
-    starts = {aligned: first_state(built["fsdp", "edit", aligned][0]) for aligned in (False, True)}
-    results = {}
-    for case in [*alone, *CASES]:
-        program, source, compiled = built[case]
-        results[case] = two_steps(program, compiled, source, starts[case[2]])
-
     report = []
-    for case in CASES:
-        (metrics, params), (expected_metrics, expected) = results[case], results["fsdp", *case[1:]]
-        losses = [
-            (abs(value - there[name]) / abs(there[name]), f"step {step} {name}")
-            for step, (here, there) in enumerate(zip(metrics, expected_metrics, strict=True))
-            for name, value in here.items()
-        ]
-        leaves = [
-            (float(np.linalg.norm(x - y) / np.linalg.norm(y)), jax.tree_util.keystr(path))
-            for (path, x), y in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(expected), strict=True)
-        ]
-        moved = starts[case[2]][0].params["transformer"]["blocks"]["image"]["query"]["kernel"]
-        change = np.linalg.norm(params["params"]["transformer"]["blocks"]["image"]["query"]["kernel"] - moved)
-        report.append({"case": case, "loss": worst(losses), "params": worst(leaves), "change": float(change)})
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for bucket, aligned in sorted(
+            {case[1:] for case in CASES}
+        ):  # all at once, programs fill a process's memory map
+            alone = ("fsdp", bucket, aligned)
+            cases = [case for case in CASES if case[1:] == (bucket, aligned)]
+            built = dict(zip([alone, *cases], pool.map(build, [alone, *cases]), strict=True))
+            start = first_state(built[alone][0])
+            results = {}
+            for case in [alone, *cases]:
+                program, source, compiled = built.pop(case)
+                results[case] = two_steps(program, compiled, source, start)
+            report += [compare(case, results[case], results[alone], start) for case in cases]
     print("\n" + json.dumps(report))
+
+
+def compare(case, result, expected, start):
+    """The worst relative errors of a case, each with the name of where it is."""
+    (metrics, params), (expected_metrics, expected_params) = result, expected
+    losses = [
+        (abs(value - there[name]) / abs(there[name]), f"step {step} {name}")
+        for step, (here, there) in enumerate(zip(metrics, expected_metrics, strict=True))
+        for name, value in here.items()
+    ]
+    leaves = [
+        (float(np.linalg.norm(x - y) / np.linalg.norm(y)), jax.tree_util.keystr(path))
+        for (path, x), y in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(expected_params), strict=True)
+    ]
+    moved = start[0].params["transformer"]["blocks"]["image"]["query"]["kernel"]
+    change = np.linalg.norm(params["params"]["transformer"]["blocks"]["image"]["query"]["kernel"] - moved)
+    return {"case": case, "loss": worst(losses), "params": worst(leaves), "change": float(change)}
 
 
 @pytest.fixture(scope="module")
