@@ -75,7 +75,9 @@ def _cases(batches: tuple[int, ...], remats: tuple[str, ...], **kind: Any) -> tu
 _REMATS = ("attention", "dots+attention", "attention", "dots+attention", "attention")
 CASES = (
     *_cases((8, 16, 16, 32, 8), _REMATS),
+    # The most that keeping products leaves room for.
     Case("v6e:16x16", 256, 6, "dots+attention"),
+    Case("v6e:16x16", 256, 2, "dots+attention", stage="personalize", source="compose"),
     # The same work per chip on 16 chips.
     Case("v5p:2x2x4", 16, 16, "dots+attention"),
     Case("v6e:4x4", 16, 16, "attention"),
