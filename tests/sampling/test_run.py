@@ -278,7 +278,8 @@ def test_a_killed_run_goes_on_to_the_same_images_each_once(stage, tmp_path, requ
     done = 0
     for kill in range(kills):
         group = start(stage[0], prompts, processes, *([whole, broken] if kill == 0 else [broken]))
-        aim = done + 1 + random.integers(0, max(1, (count - done) // (kills - kill) - 4))
+        # In the first third of what is left for each: on a slow machine the kill may come some batches later.
+        aim = done + 1 + random.integers(0, max(1, (count - done) // (kills - kill) // 3))
         while len(list(broken.glob("*.png"))) < min(aim, count):
             assert all(process.poll() in (None, 0) for process in group), group[0].communicate()
             time.sleep(0.001)
