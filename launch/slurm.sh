@@ -50,7 +50,10 @@ rm -f "$preempted"
 task='"${@:2}" & child=$!
 trap "told=1; kill -TERM $child 2>/dev/null" TERM
 told=1
-while [[ "$told" ]]; do told=""; wait "$child"; code=$?; done # a signal ends this waiting, not the program
+while [[ "$told" ]]; do # a signal ends this waiting, not the program
+  told=""; wait "$child"; now=$?
+  [[ "$now" == 127 ]] || code=$now # 127: it had ended, and was waited for, when the signal came
+done
 [[ "$code" == 75 ]] || exit "$code"
 touch "$1"'
 code=0

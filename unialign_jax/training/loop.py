@@ -30,8 +30,8 @@ from unialign_jax.training.program import Program
 from unialign_jax.training.run_config import RunConfig
 from unialign_jax.training.samples import sample_grid
 
-# Seconds for the process that compiles most slowly.
 _FLUSHING = 60  # seconds after which what was written can be looked at
+# Seconds for the process that compiles most slowly.
 _COMPILING = 3600
 
 
