@@ -43,10 +43,10 @@ _PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
 
 def main() -> None:
     # Late: a wrong flag is said without loading JAX.
-    from unialign_jax import convert, exports, pretrained, storage
+    from unialign_jax import convert, exports, lineage, storage
     from unialign_jax.convert import configs
 
-    is_run = pretrained.is_run(_SOURCE.value)
+    is_run = lineage.is_run(_SOURCE.value)
     if (_MASK_TOKEN.value or _TEACHER.value) and (is_run or _TO.value == "torch"):
         raise convert.ConversionError("--mask_token and --teacher go with --to=jax and a public directory")
     if _CHECK.value and _TO.value == "jax" and (is_run or _MASK_TOKEN.value):

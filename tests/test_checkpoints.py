@@ -14,7 +14,8 @@ import numpy as np
 import optax
 import pytest
 
-from unialign_jax.checkpoints import CheckpointError, Checkpoints, DamagedCheckpoint, WrongArchitecture
+from unialign_jax.checkpoints import Checkpoints
+from unialign_jax.saved_step import CheckpointError, DamagedCheckpoint, WrongArchitecture
 from unialign_jax.tree_checks import checksum
 
 # Orbax reads leaves concurrently; after the first that fails it drops the others, which asyncio remarks upon later.

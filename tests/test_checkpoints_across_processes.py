@@ -26,7 +26,8 @@ if count > 1:
     jax.distributed.initialize(f"127.0.0.1:{port}", count, index)
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from unialign_jax import agreement
-from unialign_jax.checkpoints import Checkpoints, CheckpointError, DamagedCheckpoint
+from unialign_jax.checkpoints import Checkpoints
+from unialign_jax.saved_step import CheckpointError, DamagedCheckpoint
 
 @flax.struct.dataclass
 class State:
@@ -75,10 +76,13 @@ with Checkpoints(directory, max_to_keep=9) as checkpoints:
 RESUME = """
 wanted = abstract(make_state(0, seed=0))
 class Damaged(Checkpoints):
-    def _read_json(self, step, item):
-        if index == 1 and step >= 40 and item == "data":
-            raise DamagedCheckpoint(f"{step} is damaged here")
-        return super()._read_json(step, item)
+    def _saved(self, step):
+        saved = super()._saved(step)
+        if index == 1 and step >= 40:
+            def damaged():
+                raise DamagedCheckpoint(f"{step} is damaged here")
+            saved.data_state = damaged
+        return saved
 
 def accept(meta):
     if index == 1:

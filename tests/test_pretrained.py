@@ -77,7 +77,7 @@ def test_a_public_directory_is_found_at_home_and_refused_in_a_bucket(golden, tmp
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=f"{tmp_path}/public holds no tokenizer"):
         pretrained.load("~/public")
-    monkeypatch.setattr(pretrained, "is_public", lambda directory: True)
+    monkeypatch.setattr(pretrained.lineage, "is_public", lambda directory: True)
     monkeypatch.setitem(_registry, "gcs", LocalFileSystem)
     with pytest.raises(ConversionError, match=r"gs://bucket/public: .* copy it here first"):
         pretrained.load("gs://bucket/public")

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 import unialign_jax
-from unialign_jax import pretrained
+from unialign_jax import lineage
 from unialign_jax.evaluation import scenes
 from unialign_jax.pipeline import UniAlignPipeline
 
@@ -22,7 +22,7 @@ def pipeline():
 
 
 def test_it_is_named_small_and_scored():
-    assert pretrained.shipped() == ["scenes"]
+    assert lineage.shipped() == ["scenes"]
     assert sum(path.stat().st_size for path in DIRECTORY.rglob("*") if path.is_file()) <= 10e6
     scores = json.loads((DIRECTORY / "scores.json").read_text())
     tasks = {score["task"].split("/")[0] for score in scores["tables"]["test, 1-2 things"]}

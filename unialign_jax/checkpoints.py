@@ -10,13 +10,13 @@ Orbax returns quietly in cases where a run is then lost: saving an existing step
 cast, missing shardings come from the saved ones. Here each of these is an error, and every restore is checked against
 the checksums taken from the device arrays before they were written.
 
-All processes of a run call each method together. What one of them finds wrong, all raise: the processes read through
-Orbax's handlers, which wait for nobody, and then agree on the outcome.
+All processes of a run call each method together. What one of them finds wrong, all raise: each reads for itself
+(`saved_step.py`), and then they agree on the outcome.
 """
 
 import json
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,25 +25,16 @@ from absl import logging
 from etils import epath
 
 from unialign_jax import agreement, storage
-from unialign_jax.tree_checks import checksum, describe_differences, flat_leaves
-
-PARTS = ("params", "opt_state", "ema")
-_CHECKSUMS = "checksums"
-# What Orbax, TensorStore and json raise for files that are missing, cut short or altered.
-_READ_ERRORS = (ValueError, OSError, KeyError, TypeError)
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that can't be read or written as asked. The message says what to do."""
-
-
-class WrongArchitecture(CheckpointError):
-    """The checkpoint is whole, but its arrays are not those of the network that was asked for."""
-
-
-class DamagedCheckpoint(CheckpointError):
-    """A step whose files are missing, cut short or altered."""
-
+from unialign_jax.saved_step import (
+    CHECKSUMS,
+    PARTS,
+    CheckpointError,
+    DamagedCheckpoint,
+    SavedStep,
+    WrongArchitecture,
+    checksums,
+    saved_steps,
+)
 
 # Errors that are the same in every process, whichever found them.
 _SHARED = (CheckpointError, WrongArchitecture, DamagedCheckpoint, FileNotFoundError)
@@ -145,13 +136,13 @@ class Checkpoints:
         text = agreement.everywhere(lambda: json.dumps([step, data_state, meta], sort_keys=True), TypeError)
         if len(set(agreement.gather(zlib.crc32(text.encode())))) > 1:
             raise CheckpointError(f"step {step} was not saved: the processes differ in its data state or meta")
-        sums = {part: _checksums(getattr(state, part)) for part in PARTS}
+        sums = {part: checksums(getattr(state, part)) for part in PARTS}
         saved = self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
                 data=ocp.args.JsonSave({"iterator": data_state}),
-                meta=ocp.args.JsonSave({**meta, _CHECKSUMS: sums}),
+                meta=ocp.args.JsonSave({**meta, CHECKSUMS: sums}),
             ),
         )
         if not saved:
@@ -221,7 +212,7 @@ class Checkpoints:
         """
 
         def read(step: int) -> dict[str, Any]:
-            return agreement.everywhere(lambda: self._meta_and_sums(step)[0], *_SHARED)
+            return agreement.everywhere(lambda: self._saved(step).meta()[0], *_SHARED)
 
         step = self._existing(step)
         try:
@@ -235,7 +226,7 @@ class Checkpoints:
         Raises:
           DamagedCheckpoint: the record can't be read.
         """
-        return agreement.everywhere(lambda: self._meta_and_sums(step)[1], *_SHARED)
+        return agreement.everywhere(lambda: self._saved(step).meta()[1], *_SHARED)
 
     def set_aside_after(self, step: int) -> list[int]:
         """Moves the steps newer than `step` out of the way, to `DIR-set-aside/`, and returns them.
@@ -288,25 +279,8 @@ class Checkpoints:
             raise FileNotFoundError(f"{self.directory}: no step {step}; there are {', '.join(map(str, steps))}")
         return steps[-1] if step is None else step
 
-    def _meta_and_sums(self, step: int) -> tuple[dict[str, Any], dict[str, int]]:
-        meta = self._read_json(step, "meta")
-        try:
-            return meta, meta.pop(_CHECKSUMS)
-        except _READ_ERRORS as error:
-            raise self._damaged(step, error) from error
-
-    def _read_json(self, step: int, item: str) -> Any:
-        try:
-            return ocp.JsonCheckpointHandler().restore(self.directory / str(step) / item)
-        except _READ_ERRORS as error:
-            raise self._damaged(step, error) from error
-
-    def _saved_leaves(self, step: int) -> dict[tuple[str, ...], Any]:
-        try:
-            metadata = ocp.StandardCheckpointHandler().metadata(self.directory / str(step) / "state")
-        except _READ_ERRORS as error:
-            raise self._damaged(step, error) from error
-        return flat_leaves(metadata.tree)
+    def _saved(self, step: int) -> SavedStep:
+        return SavedStep(self.directory / str(step))
 
     def _read(self, abstract_state: Any, step: int, accept: Callable | None = None) -> tuple[Any, Any, dict[str, Any]]:
         state, data_state, meta, sums = agreement.everywhere(
@@ -314,43 +288,22 @@ class Checkpoints:
         )
         # From here on the processes compute together, and so see the same.
         if int(state.step) != step:
-            raise self._damaged(step, f"it holds the state of step {int(state.step)}")
+            raise self._saved(step).damaged(f"it holds the state of step {int(state.step)}")
         for part in PARTS:
             self._check_sums(step, part, getattr(state, part), sums)
         return state, data_state, meta
 
     def _read_files(self, abstract_state: Any, step: int, accept: Callable | None) -> tuple[Any, Any, Any, Any]:
-        meta, sums = self._meta_and_sums(step)
+        saved = self._saved(step)
+        meta, sums = saved.meta()
         if accept is not None:
             accept(meta)
-        self._check_same(step, self._saved_leaves(step), flat_leaves(abstract_state))
-        data_state = self._read_json(step, "data")
-        try:
-            state = ocp.StandardCheckpointHandler().restore(
-                self.directory / str(step) / "state", args=ocp.args.StandardRestore(_with_shardings(abstract_state))
-            )
-            data_state = data_state["iterator"]
-        except _READ_ERRORS as error:
-            raise self._damaged(step, error) from error
-        return state, data_state, meta, sums
+        data_state = saved.data_state()
+        return saved.state(abstract_state), data_state, meta, sums
 
-    def _read_params(self, abstract_params: Mapping[str, Any] | None, which: str, step: int) -> tuple[Any, Any]:
-        saved = {path[1:]: leaf for path, leaf in self._saved_leaves(step).items() if path[0] == which}
-        if not saved:
-            raise CheckpointError(f"{self.directory / str(step)} has no {which!r}: the run kept none")
-        everything = ocp.tree.from_flat_dict(
-            {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in saved.items()}
-        )
-        if abstract_params is None:
-            abstract_params = everything
-        else:
-            wanted = {path: leaf for path, leaf in saved.items() if path[0] in abstract_params}
-            self._check_same(step, wanted, flat_leaves(abstract_params), prefix=f"{which}/")
-        _, sums = self._meta_and_sums(step)
-        try:
-            params = _read_tree(self.directory / str(step) / "state", {which: abstract_params})[which]
-        except _READ_ERRORS as error:
-            raise self._damaged(step, error) from error
+    def _read_params(self, abstract_params: Any, which: str, step: int) -> tuple[Any, Any]:
+        params = self._saved(step).params(abstract_params, which)
+        _, sums = self._saved(step).meta()
         return params, {which: {name: sums[which].get(name) for name in params}}
 
     def _advised(self, damage: DamagedCheckpoint, step: int, read: Callable[[int], Any]) -> DamagedCheckpoint:
@@ -368,55 +321,9 @@ class Checkpoints:
             )
         return DamagedCheckpoint(f"{damage}. No older step of this run can be read either.")
 
-    def _check_same(self, step: int, saved: dict, wanted: dict, prefix: str = "") -> None:
-        differences = describe_differences(saved, wanted, prefix)
-        if differences:
-            raise WrongArchitecture(
-                f"{self.directory / str(step)} is of another architecture than the config's: {differences}. "
-                "Use the config it was trained with, or another directory."
-            )
-
     def _check_sums(self, step: int, part: str, tree: Any, sums: dict[str, Any]) -> None:
-        found, expected = _checksums(tree), sums.get(part)
+        found, expected = checksums(tree), sums.get(part)
         if found != expected:
-            raise self._damaged(step, f"the checksum of {part} is {found}, not the {expected} recorded when saving")
-
-    def _damaged(self, step: int, cause: Exception | str) -> DamagedCheckpoint:
-        return DamagedCheckpoint(f"{self.directory / str(step)} is damaged ({_short(cause)})")
-
-
-def saved_steps(directory: epath.Path) -> list[int]:
-    """Complete steps in a checkpoint directory, oldest first, as this process sees it; none if it is absent."""
-    return sorted(ocp.utils.checkpoint_steps(directory))
-
-
-def _read_tree(path: epath.Path, abstract: Any) -> Any:
-    """The part of a saved tree that `abstract` has, as its shardings say."""
-    item = _with_shardings(abstract)
-    args = ocp.args.PyTreeRestore(
-        item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
-    )
-    return ocp.PyTreeCheckpointHandler().restore(path, args=args)
-
-
-def _checksums(tree: Any) -> Any:
-    """One of each network, so that they can be read apart; of the optimizer's state one."""
-    if isinstance(tree, Mapping):
-        return {name: checksum({name: network}) for name, network in tree.items()}
-    return checksum(tree)
-
-
-def _short(cause: Exception | str) -> str:
-    text = cause if isinstance(cause, str) else f"{type(cause).__name__}: {cause}"
-    text = " ".join(text.split())
-    return text if len(text) <= 300 else text[:300] + "…"
-
-
-def _with_shardings(tree: Any) -> Any:
-    """Abstract leaves that all say where they go: Orbax would reuse the shardings of the run that saved them."""
-    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-    def abstract(leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or default)
-
-    return jax.tree.map(abstract, tree)
+            raise self._saved(step).damaged(
+                f"the checksum of {part} is {found}, not the {expected} recorded when saving"
+            )

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
-from unialign_jax import convert, pretrained
+from unialign_jax import convert, lineage, pretrained
 from unialign_jax.networks import build_networks
 
 
@@ -33,16 +33,16 @@ def to_jax(
       FileNotFoundError: there is no run.
       ValueError: it is damaged, the target is not free, or the source is a converted directory already.
     """
-    path = pretrained.locate(source)
+    path = lineage.locate(source)
     if convert.is_converted(path):
         raise convert.ConversionError(f"{path} is a converted checkpoint already; copy it")
-    config = pretrained.config_of(path)
+    config = lineage.config_of(path)
     return convert.write_jax(
         config["model"],
         _in_turn(path, config["model"], average),
         target,
-        sampling=pretrained.sampling_of(config),
-        tokenizer=pretrained.tokenizer_directory(path),
+        sampling=lineage.sampling_of(config),
+        tokenizer=lineage.tokenizer_directory(path),
         teacher_tokenizer=_teacher_tokenizer(path, config),
         progress=progress,
     )
@@ -58,17 +58,17 @@ def to_torch(
       target, average, progress: see `to_jax`, also for what is in memory.
 
     Raises:
-      FileNotFoundError: see `pretrained.locate`.
+      FileNotFoundError: see `lineage.locate`.
       ValueError: it is damaged, the target is not free, or the source is a public directory already.
     """
-    if pretrained.is_public(source):
+    if lineage.is_public(source):
         raise convert.ConversionError(f"{source} is a public pipeline directory already; --to=jax goes the other way")
-    path = pretrained.locate(source)
+    path = lineage.locate(source)
     if convert.is_converted(path):
         return convert.to_torch(path, target, progress=progress)
-    model = pretrained.config_of(path)["model"]
+    model = lineage.config_of(path)["model"]
     networks = _in_turn(path, model | {"teacher": None}, average)
-    tokenizer = pretrained.tokenizer_directory(path)
+    tokenizer = lineage.tokenizer_directory(path)
     return convert.write_torch(model, networks, target, tokenizer=tokenizer, progress=progress)
 
 
@@ -78,7 +78,7 @@ def _teacher_tokenizer(path: epath.Path, config: Mapping[str, Any]) -> epath.Pat
         return None
     if named := config.get("teacher_tokenizer"):
         return epath.Path(named)
-    start = pretrained.converted_start(path)
+    start = lineage.converted_start(path)
     return start / convert.store.TEACHER_TOKENIZER if start else None
 
 

@@ -102,6 +102,20 @@ def make_mesh(strategy: str, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(layout, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def first_device() -> Mesh:
+    """The mesh of one device, the first of this process."""
+    return make_mesh("data", jax.local_devices()[:1])
+
+
+def mesh_of(params: Any) -> Mesh:
+    """The mesh that parameters are on; of arrays without one that of the first device."""
+    for leaf in jax.tree.leaves(params):
+        mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
+        if isinstance(mesh, Mesh):
+            return mesh
+    return first_device()
+
+
 def check_batch(mesh: Mesh, batch: int, micro_batches: int = 1) -> None:
     """Refuses a global batch that the mesh cannot split evenly.
 

@@ -74,11 +74,10 @@ class UniAlignPipeline:
         Raises:
           ValueError: a mesh that does not divide the heads or the batch.
         """
-        self.mesh = mesh or _mesh_of(params)
+        self.mesh = mesh or parallel.mesh_of(params)
         parallel.check_heads(self.mesh, networks.transformer.config.num_attention_heads)
         self.batches = Batches(self.mesh, max_batch, single=single_size)
-        boxed = {name: tree for name, tree in networks.abstract().items() if name in pretrained.SAMPLED}
-        shardings = parallel.param_shardings(boxed, self.mesh, check=False)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, pretrained.sampled(networks, self.mesh))
         self.params = jax.device_put({name: params[name] for name in shardings}, shardings)
         self.networks, self.tokenizer = networks, tokenizer
         self.text_length, self.size, self.shift, self.progress = text_length, size, shift, progress
@@ -115,7 +114,7 @@ class UniAlignPipeline:
         """
         if compile_cache is not None:
             compilation_cache.enable(str(compile_cache))
-        mesh = mesh or _first_device()
+        mesh = mesh or parallel.first_device()
         model = pretrained.load(directory, dtype=dtype, average=average, mesh=mesh)
         return cls(
             model.networks,
@@ -270,8 +269,7 @@ class UniAlignPipeline:
             raise ValueError(f"preview is {preview!r}; a function was expected")
         if references is None and reference_guidance != 1:
             raise ValueError(f"reference_guidance {reference_guidance} needs reference images; there are none")
-        if output not in ("pil", "array", "latent"):
-            raise ValueError(f"output is {output!r}; choose 'pil', 'array' or 'latent'")
+        inputs.check_choice("output", output, ("pil", "array", "latent"))
         [negative] = inputs.check_texts([settled["negative_prompt"]], "negative_prompt")
         negative_ids = self.tokenizer.encode(negative, self.text_length)
         rows = [seeds, np.stack([self.tokenizer.encode(text, self.text_length) for text in prompts])]
@@ -311,7 +309,7 @@ class UniAlignPipeline:
                     latents = made.advance(self.params, before, chain, scale, sigmas, now, after)
                     if watched:
                         jax.block_until_ready(latents)
-                        bar.update(count / steps)
+                        bar.update(first + count * after / steps - bar.n)  # which ends at a whole number
                     if preview is not None:
                         images = made.finish(self.params, made.estimate(before, latents, sigmas, now))
                         shown = self.batches.fetch(images, count, gather=gather)
@@ -351,10 +349,8 @@ class UniAlignPipeline:
         settled = preset.settle("caption" if question is None else "answer", steps=steps, fast=fast)
         steps, fast = settled["steps"], settled["fast"]
         inputs.check_number("steps", steps, 1, programs.MAX_STEPS, whole=True)
-        if not isinstance(fast, bool):
-            raise ValueError(f"fast is {fast!r}; True or False was expected")
-        if output not in ("text", "array"):
-            raise ValueError(f"output is {output!r}; choose 'text' or 'array'")
+        inputs.check_choice("fast", fast, (True, False))
+        inputs.check_choice("output", output, ("text", "array"))
         length = min(self.text_length, preset.caption_length if question is None else preset.answer_length)
         ids, known = np.zeros((len(images), length), np.int32), np.zeros((len(images), length), bool)
         if question is None:
@@ -403,16 +399,3 @@ class UniAlignPipeline:
                     out[-2] = self.batches.fetch(*out[-2], gather=gather)
             out[-1] = self.batches.fetch(*out[-1], gather=gather)
         return [row for part in out for row in part]
-
-
-def _first_device() -> Mesh:
-    return parallel.make_mesh("data", jax.local_devices()[:1])
-
-
-def _mesh_of(params: Any) -> Mesh:
-    """The mesh that parameters are on; arrays without one go to the first device."""
-    for leaf in jax.tree.leaves(params):
-        mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
-        if isinstance(mesh, Mesh):
-            return mesh
-    return _first_device()

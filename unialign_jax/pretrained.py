@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
-from unialign_jax import agreement, parallel, storage
-from unialign_jax.checkpoints import Checkpoints, saved_steps
+from unialign_jax import agreement, lineage, parallel, storage
+from unialign_jax.checkpoints import Checkpoints
 from unialign_jax.convert import ConversionError, open_pipeline, store
 from unialign_jax.data.tokenizer import Tokenizer
 from unialign_jax.networks import Networks, build_networks
@@ -22,10 +22,8 @@ from unialign_jax.tuning import Tuning
 # The published length of all texts, and the side of its images: what a converted directory is sampled with.
 PUBLISHED_TEXT_LENGTH = 256
 PUBLISHED_IMAGE_SIZE = 512
-PUBLISHED_PROTOCOL = "unialignment"
 PUBLISHED_SHIFT = 3.0  # of the noise levels of a run's samples, and of its export
 SAMPLED = ("transformer", "text_encoder", "autoencoder")
-_SHIPPED = epath.Path(__file__).parent / "checkpoints_shipped"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,88 +75,12 @@ def load(
       FileNotFoundError: nothing of the kind is there; the message says what was looked for.
       ValueError: it is damaged, or of another format.
     """
-    if is_public(directory):
+    if lineage.is_public(directory):
         return _load_public(storage.absolute(directory), dtype, mesh)
-    path = locate(directory)
+    path = lineage.locate(directory)
     if store.is_converted(path):
         return _load_converted(path, dtype, mesh)
     return _load_step(path, dtype, average, mesh)
-
-
-def is_public(directory: epath.PathLike) -> bool:
-    """Whether this looks like a public PyTorch pipeline directory."""
-    return (storage.absolute(directory) / "transformer" / "config.json").exists()
-
-
-def is_run(directory: epath.PathLike) -> bool:
-    """Whether this is a run's stage directory, or one step of a run."""
-    path = storage.absolute(directory)
-    return (path / "checkpoints").is_dir() or (path.name.isdigit() and path.parent.name == "checkpoints")
-
-
-def locate(directory: epath.PathLike) -> epath.Path:
-    """Where exactly the model is that a directory stands for: a run's newest step, if it is a stage directory.
-
-    Returns:
-      A converted directory, or `.../checkpoints/STEP`.
-
-    Raises:
-      FileNotFoundError: nothing of the kind is there; the message says what was looked for.
-    """
-    path = storage.absolute(directory)
-    if str(directory) in shipped() and not path.exists():
-        return _SHIPPED / str(directory)
-    return epath.Path(agreement.primary(lambda: str(_locate(path)), FileNotFoundError))
-
-
-def _locate(path: epath.Path) -> epath.Path:
-    if store.is_converted(path):
-        return path
-    if (path / "checkpoints").is_dir():
-        steps = saved_steps(path / "checkpoints")
-        if not steps:
-            raise FileNotFoundError(f"{path / 'checkpoints'}: holds no complete checkpoint")
-        return path / "checkpoints" / str(steps[-1])
-    if path.name.isdigit() and path.parent.name == "checkpoints" and path.is_dir():
-        return path
-    stages = sorted(p.parent.name for p in path.glob("*/checkpoints")) if path.is_dir() else []
-    if stages:
-        raise FileNotFoundError(f"{path} holds several stages of a run; name one: {', '.join(stages)}")
-    if path.is_dir() and path.name in shipped() and path == storage.absolute(path.name):
-        raise FileNotFoundError(
-            f"{path} is no checkpoint, and hides the shipped one of that name; rename it, or start this elsewhere"
-        )
-    raise FileNotFoundError(
-        f"{path} is no checkpoint: expected a run's stage directory (with checkpoints/), a step in it, a converted "
-        f"directory (with {store.MODEL_FILE}), a public pipeline directory (with transformer/), or the name of a "
-        f"shipped checkpoint, of which this package has {', '.join(shipped()) or 'none'}"
-    )
-
-
-def config_of(path: epath.Path) -> dict[str, Any]:
-    """The config of a run, by the record in one of its steps, `.../checkpoints/STEP`."""
-    with Checkpoints(path.parent, read_only=True) as checkpoints:
-        return checkpoints.meta(int(path.name))["config"]
-
-
-def sampling_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What samplers of a run's model take where they are told nothing else, see `store.read_config`."""
-    data = config["data"]
-    return {
-        "text_length": data["text_length"],
-        "size": (data["height"], data["width"]),
-        "protocol": config.get("protocol", PUBLISHED_PROTOCOL),
-    }
-
-
-def shipped() -> list[str]:
-    """Names of the checkpoints that come with the package, converted directories in its data."""
-    return sorted(path.parent.name for path in _SHIPPED.glob(f"*/{store.MODEL_FILE}"))
-
-
-def tokenizer_directory(place: epath.Path) -> epath.Path:
-    """Where the tokenizer is of a model that `locate` has found."""
-    return (place if store.is_converted(place) else place.parent.parent) / "tokenizer"
 
 
 def initial_params(
@@ -180,7 +102,7 @@ def initial_params(
       average: of a run, take the moving average of the parameters where one was kept.
 
     Raises:
-      FileNotFoundError: see `locate`.
+      FileNotFoundError: see `lineage.locate`.
       ValueError: the directory's networks are not those of `networks`, which is shown by name, or are damaged.
     """
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -194,7 +116,7 @@ def initial_params(
             return {name: params[name] for name in abstract}
 
         return _cast(jax.jit(init, out_shardings=_shardings(abstract))(key), abstract)
-    path = locate(source)
+    path = lineage.locate(source)
     _check_architecture(path, networks, abstract)
     if not store.is_converted(path):
         return step_params(path, abstract, average)
@@ -207,7 +129,7 @@ _FREE_FIELDS = {"sample_size", "min_pixels", "max_pixels"}
 
 def _check_architecture(path: epath.Path, networks: Networks, names: Iterable[str]) -> None:
     """Refuses parameters whose shapes may fit, but that are another network's: of other heads, of other latents."""
-    saved = build_networks(store.read_config(path) if store.is_converted(path) else config_of(path)["model"])
+    saved = build_networks(store.read_config(path) if store.is_converted(path) else lineage.config_of(path)["model"])
     theirs, ours = _configs(saved), _configs(networks)
     differences = [
         f"{name}.{key} is {theirs[name].get(key)!r} there and {value!r} in the config"
@@ -289,8 +211,8 @@ def _frozen_network(path: epath.Path, meta: Mapping[str, Any], name: str, wanted
     if differences := describe_differences(flat_leaves(had), flat_leaves({name: _in_float32(wanted)})):
         raise ValueError(f"{path}: its frozen networks are not the config's: {differences}")
     init_key, _ = jax.random.split(jax.random.key(config["seed"]))
-    check_start(meta, path.parent.parent)
-    start, average = start_of(meta, path.parent.parent), config.get("init_average", True)
+    lineage.check_start(meta, path.parent.parent)
+    start, average = lineage.start_of(meta, path.parent.parent), config.get("init_average", True)
     return initial_params(networks, init_key, {name: wanted}, start, average=average)[name]
 
 
@@ -319,62 +241,6 @@ def _cast(params: Any, abstract: Any) -> Any:
     return jax.tree.map(cast, params, abstract)
 
 
-def start_of(meta: Mapping[str, Any], stage_directory: epath.Path) -> str | None:
-    """What a run started from, by the record in its checkpoints: an exact place, or None.
-
-    A stage of the same working directory is recorded relative to it, so that the working directory can be moved.
-    """
-    recorded = meta["init"]
-    return str(stage_directory.parent / recorded[3:]) if recorded and recorded.startswith("../") else recorded
-
-
-def identity_of(start: str | None) -> dict[str, Any] | None:
-    """What tells a run's step from another that may later be at the same place; None of anything else."""
-    if start is None or store.is_converted(path := epath.Path(start)):
-        return None
-    with Checkpoints(path.parent, read_only=True) as checkpoints:
-        return checkpoints.checksums(int(path.name))
-
-
-def check_start(meta: Mapping[str, Any], stage_directory: epath.Path) -> None:
-    """Refuses to go on from a run whose start has become another: what was not trained, or a later stage, rests on it.
-
-    A start that is gone is missed where it is read.
-
-    Raises:
-      ValueError: naming the stage and the step that it started from.
-    """
-    start, recorded = start_of(meta, stage_directory), meta.get("init_identity")
-    if recorded is None or not epath.Path(start).exists() or identity_of(start) == recorded:
-        return
-    raise ValueError(
-        f"{stage_directory} started from {start}, where another checkpoint is now: that stage was trained anew since. "
-        "Move this stage's directory away to train it anew too, or put the earlier one back"
-    )
-
-
-def converted_start(path: epath.Path | None) -> epath.Path | None:
-    """The converted directory from which a run, and those that it goes on from, once started; None if from nothing.
-
-    Args:
-      path: of a checkpoint; None is no start.
-
-    Raises:
-      FileNotFoundError: one of the starts is gone.
-    """
-    while path is not None and not store.is_converted(path := locate(path)):
-        with Checkpoints(path.parent, read_only=True) as checkpoints:
-            start = start_of(checkpoints.meta(int(path.name)), path.parent.parent)
-        path = epath.Path(start) if start else None
-    return path
-
-
-def record_of(start: str | None, stage_directory: epath.Path) -> str | None:
-    """The record that `start_of` reads."""
-    workdir = f"{stage_directory.parent}/"
-    return f"../{start.removeprefix(workdir)}" if start and start.startswith(workdir) else start
-
-
 def sampled(networks: Networks, mesh: Mesh | None) -> dict[str, Any]:
     """The networks in `SAMPLED` as trees of `jax.ShapeDtypeStruct`: in which dtype each array is, and where it goes."""
     boxed = {name: tree for name, tree in networks.abstract().items() if name in SAMPLED}
@@ -394,7 +260,7 @@ def _load_converted(path: epath.Path, dtype: str, mesh: Mesh | None) -> Model:
     for name, tree in sampled(networks, mesh).items():
         options = {"dtype": _dtypes(tree), "shardings": _shardings(tree)}
         params[name] = store.restore_network(path, name, **options) if tree else {}
-    return _published(networks, params, description, tokenizer_directory(path))
+    return _published(networks, params, description, lineage.tokenizer_directory(path))
 
 
 def _load_public(path: epath.Path, dtype: str, mesh: Mesh | None) -> Model:
@@ -417,21 +283,21 @@ def _published(networks: Networks, params: Any, description: Mapping[str, Any], 
         text_length=sampling.get("text_length", PUBLISHED_TEXT_LENGTH),
         size=tuple(sampling.get("size", (side, side))),
         shift=description["scheduler"]["shift"],
-        protocol=sampling.get("protocol", PUBLISHED_PROTOCOL),
+        protocol=sampling.get("protocol", lineage.PUBLISHED_PROTOCOL),
         description=description,
         tokenizer_directory=tokenizer,
     )
 
 
 def _load_step(path: epath.Path, dtype: str, average: bool, mesh: Mesh | None) -> Model:
-    config = config_of(path)
+    config = lineage.config_of(path)
     networks = build_networks(config["model"] | {"teacher": None}, dtype=dtype)
     return Model(
         networks=networks,
         params=step_params(path, sampled(networks, mesh), average),
-        tokenizer=Tokenizer.load(tokenizer_directory(path)),
-        **sampling_of(config),
+        tokenizer=Tokenizer.load(lineage.tokenizer_directory(path)),
+        **lineage.sampling_of(config),
         shift=PUBLISHED_SHIFT,
         description=config["model"],
-        tokenizer_directory=tokenizer_directory(path),
+        tokenizer_directory=lineage.tokenizer_directory(path),
     )

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from unialign_jax import convert, exports, pretrained
-from unialign_jax.checkpoints import Checkpoints, DamagedCheckpoint
+from unialign_jax.checkpoints import Checkpoints
 from unialign_jax.data import scenes
 from unialign_jax.data.schedule import next_stream
 from unialign_jax.data.tokenizer import Tokenizer
 from unialign_jax.networks import build_networks
+from unialign_jax.saved_step import DamagedCheckpoint
 from unialign_jax.state import TrainState
 from unialign_jax.training import loop, run_config, saved_config, stages
 from unialign_jax.training.run_config import ConfigError

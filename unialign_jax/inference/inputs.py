@@ -107,6 +107,16 @@ def check_number(name: str, value: Any, low: float, high: float = math.inf, *, w
         raise ValueError(f"{name} is {value!r}; a{' whole' if whole else ''} number {limits} was expected")
 
 
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Refuses what is none of some values; 1 is not True.
+
+    Raises:
+      ValueError: naming the option, its value, and what it can be.
+    """
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise ValueError(f"{name} is {value!r}; choose of {', '.join(map(repr, choices))}")
+
+
 def image_size(
     networks: Networks, default: tuple[int, int], size: tuple[int, int] | None, aspect: str | float | None
 ) -> tuple[int, int]:

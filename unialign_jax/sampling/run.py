@@ -20,7 +20,7 @@ from absl import logging
 from etils import epath
 from PIL import Image
 
-from unialign_jax import agreement, parallel, pretrained, storage
+from unialign_jax import agreement, lineage, parallel, storage
 from unialign_jax.data.images import image_grid
 from unialign_jax.diffusion import flow_matching
 from unialign_jax.inference import inputs, presets, programs
@@ -114,8 +114,8 @@ def sample(job: Job) -> Result:
     batch = _batch_size(job, mesh, rows.count)
     unit = batch if job.format == "png" and job.task not in TEXT_TASKS else -(-job.shard_rows // batch) * batch
     directory = storage.absolute(job.output)
-    is_run = agreement.primary(lambda: pretrained.is_run(job.checkpoint), ValueError)
-    newest = str(pretrained.locate(job.checkpoint) if is_run else job.checkpoint)
+    is_run = agreement.primary(lambda: lineage.is_run(job.checkpoint), ValueError)
+    newest = str(lineage.locate(job.checkpoint) if is_run else job.checkpoint)
     weights = agreement.primary(lambda: _claim(job, directory, rows, batch, unit, newest), ValueError)
     agreement.everywhere(lambda: _check_seen(directory), ValueError)
     output = make_output(job.format, directory, job.task, rows.count)

@@ -16,12 +16,13 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from unialign_jax import agreement, distributed, parallel, pretrained, storage
+from unialign_jax import agreement, distributed, lineage, parallel, pretrained, storage
 from unialign_jax.batch import Batch
-from unialign_jax.checkpoints import Checkpoints, DamagedCheckpoint
+from unialign_jax.checkpoints import Checkpoints
 from unialign_jax.data.pipeline import Batches, make_batches, merge_states
 from unialign_jax.data.tokenizer import Tokenizer
 from unialign_jax.networks import Networks, Params
+from unialign_jax.saved_step import DamagedCheckpoint
 from unialign_jax.state import TrainState, create_state
 from unialign_jax.training import caching, run_config, saved_config, tokenizers, writers
 from unialign_jax.training.metrics import DelayedMetrics, Stopwatch, progress_line
@@ -86,11 +87,11 @@ def train(
             start = start if run.init is None else run.init
             if start is None and run.after is not None:
                 raise ValueError(f"stage {run.stage!r} goes on from {run.after!r}; say where that is, or set init")
-            init = str(pretrained.locate(start)) if start else None
+            init = str(lineage.locate(start)) if start else None
         else:
             saved = checkpoints.meta(resume_step)
-            pretrained.check_start(saved, directory)
-            init = pretrained.start_of(saved, directory)
+            lineage.check_start(saved, directory)
+            init = lineage.start_of(saved, directory)
 
         # Text becomes ids. The tokenizer is part of the run: samplers of its checkpoints read it from the directory.
         tokenizer = _make_tokenizer(run, init, directory / "tokenizer", resuming=resume_step is not None)
@@ -144,8 +145,8 @@ def train(
         meta = {
             "stage": run.stage,
             "config": saved_as,
-            "init": pretrained.record_of(init, directory),
-            "init_identity": pretrained.identity_of(init),
+            "init": lineage.record_of(init, directory),
+            "init_identity": lineage.identity_of(init),
             "data": batches.get_state()["fingerprints"],
             "versions": saved_config.library_versions(),
         }

@@ -21,7 +21,7 @@ import tqdm
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
-from unialign_jax import agreement, parallel, pretrained, storage
+from unialign_jax import agreement, lineage, parallel, pretrained, storage
 from unialign_jax.batch import Batch
 from unialign_jax.data import caches
 from unialign_jax.data.caches import CacheMismatch
@@ -80,7 +80,7 @@ def precompute(
     batch = batch or _BATCH_PER_PART * math.prod(mesh.shape[axis] for axis in parallel.BATCH_AXES)
     batches = dataclasses.replace(run.data, global_batch=batch)
     program = Program(dataclasses.replace(run, micro_batches=1, data=batches), mesh)
-    init = str(pretrained.locate(run.init)) if run.init else None
+    init = str(lineage.locate(run.init)) if run.init else None
     tokenizer = tokenizers.make(run, init)
     teacher_tokenizer = tokenizers.of_teacher(run, program.networks, tokenizer, init)
     opened = tuple(open_source(source) for source in run.data.sources)

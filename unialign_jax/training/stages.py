@@ -9,8 +9,9 @@ from collections.abc import Mapping
 import ml_collections
 from etils import epath
 
-from unialign_jax import agreement, distributed, pretrained, storage
-from unialign_jax.checkpoints import Checkpoints, saved_steps
+from unialign_jax import agreement, distributed, lineage, storage
+from unialign_jax.checkpoints import Checkpoints
+from unialign_jax.saved_step import saved_steps
 from unialign_jax.training import loop, run_config, saved_config
 from unialign_jax.training.run_config import ConfigError, RunConfig
 
@@ -124,7 +125,7 @@ def _is_finished(stage: ml_collections.ConfigDict, run: RunConfig, workdir: epat
             return False
         saved = checkpoints.meta(step)
     saved_config.check_unchanged(saved["config"], saved_config.as_json(stage), run.allow_changed)
-    pretrained.check_start(saved, directory)
+    lineage.check_start(saved, directory)
     return True
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from unialign_jax import pretrained
+from unialign_jax import lineage
 from unialign_jax.convert import store
 from unialign_jax.data.report import CorpusError
 from unialign_jax.data.samples import Refused
@@ -19,7 +19,7 @@ def make(run: RunConfig, init: str | None) -> Tokenizer:
 
     Args:
       run: its tokenizer and, to learn from, its sources.
-      init: what the run starts from, as `pretrained.locate` finds it; None: random parameters.
+      init: what the run starts from, as `lineage.locate` finds it; None: random parameters.
 
     Raises:
       FileNotFoundError: there is no tokenizer where there should be one.
@@ -29,7 +29,7 @@ def make(run: RunConfig, init: str | None) -> Tokenizer:
     if run.tokenizer.path is not None:
         return Tokenizer.load(run.tokenizer.path)
     if init is not None:
-        return Tokenizer.load(pretrained.tokenizer_directory(epath.Path(init)))
+        return Tokenizer.load(lineage.tokenizer_directory(epath.Path(init)))
     if run.tokenizer.learn_vocab_size is None:
         raise ValueError(
             f"{run.stage} starts from random parameters, which have no tokenizer: set init, tokenizer.path or "
@@ -65,7 +65,7 @@ def of_teacher(run: RunConfig, networks: Networks, tokenizer: Tokenizer, init: s
         return None
     if run.teacher_tokenizer:
         return PlainTokenizer.load(run.teacher_tokenizer)
-    start = pretrained.converted_start(epath.Path(init) if init else None)
+    start = lineage.converted_start(epath.Path(init) if init else None)
     if start is not None and (start / store.TEACHER_TOKENIZER).is_dir():
         return PlainTokenizer.load(start / store.TEACHER_TOKENIZER)
     sizes = networks.teacher.vocab_size, networks.text_encoder.config.vocab_size

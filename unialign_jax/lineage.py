@@ -1,0 +1,146 @@
+"""Where models are and what they came from: what a directory stands for, and what runs recorded of their starts."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from unialign_jax import agreement, storage
+from unialign_jax.checkpoints import Checkpoints
+from unialign_jax.convert import store
+from unialign_jax.saved_step import saved_steps
+
+PUBLISHED_PROTOCOL = "unialignment"
+_SHIPPED = epath.Path(__file__).parent / "checkpoints_shipped"
+
+
+def is_public(directory: epath.PathLike) -> bool:
+    """Whether this looks like a public PyTorch pipeline directory."""
+    return (storage.absolute(directory) / "transformer" / "config.json").exists()
+
+
+def is_run(directory: epath.PathLike) -> bool:
+    """Whether this is a run's stage directory, or one step of a run."""
+    path = storage.absolute(directory)
+    return (path / "checkpoints").is_dir() or (path.name.isdigit() and path.parent.name == "checkpoints")
+
+
+def locate(directory: epath.PathLike) -> epath.Path:
+    """Where exactly the model is that a directory stands for: a run's newest step, if it is a stage directory.
+
+    Returns:
+      A converted directory, or `.../checkpoints/STEP`.
+
+    Raises:
+      FileNotFoundError: nothing of the kind is there; the message says what was looked for.
+    """
+    path = storage.absolute(directory)
+    if str(directory) in shipped() and not path.exists():
+        return _SHIPPED / str(directory)
+    return epath.Path(agreement.primary(lambda: str(_locate(path)), FileNotFoundError))
+
+
+def _locate(path: epath.Path) -> epath.Path:
+    if store.is_converted(path):
+        return path
+    if (path / "checkpoints").is_dir():
+        steps = saved_steps(path / "checkpoints")
+        if not steps:
+            raise FileNotFoundError(f"{path / 'checkpoints'}: holds no complete checkpoint")
+        return path / "checkpoints" / str(steps[-1])
+    if path.name.isdigit() and path.parent.name == "checkpoints" and path.is_dir():
+        return path
+    stages = sorted(p.parent.name for p in path.glob("*/checkpoints")) if path.is_dir() else []
+    if stages:
+        raise FileNotFoundError(f"{path} holds several stages of a run; name one: {', '.join(stages)}")
+    if path.is_dir() and path.name in shipped() and path == storage.absolute(path.name):
+        raise FileNotFoundError(
+            f"{path} is no checkpoint, and hides the shipped one of that name; rename it, or start this elsewhere"
+        )
+    raise FileNotFoundError(
+        f"{path} is no checkpoint: expected a run's stage directory (with checkpoints/), a step in it, a converted "
+        f"directory (with {store.MODEL_FILE}), a public pipeline directory (with transformer/), or the name of a "
+        f"shipped checkpoint, of which this package has {', '.join(shipped()) or 'none'}"
+    )
+
+
+def config_of(path: epath.Path) -> dict[str, Any]:
+    """The config of a run, by the record in one of its steps, `.../checkpoints/STEP`."""
+    with Checkpoints(path.parent, read_only=True) as checkpoints:
+        return checkpoints.meta(int(path.name))["config"]
+
+
+def sampling_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What samplers of a run's model take where they are told nothing else, see `store.read_config`."""
+    data = config["data"]
+    return {
+        "text_length": data["text_length"],
+        "size": (data["height"], data["width"]),
+        "protocol": config.get("protocol", PUBLISHED_PROTOCOL),
+    }
+
+
+def shipped() -> list[str]:
+    """Names of the checkpoints that come with the package, converted directories in its data."""
+    return sorted(path.parent.name for path in _SHIPPED.glob(f"*/{store.MODEL_FILE}"))
+
+
+def tokenizer_directory(place: epath.Path) -> epath.Path:
+    """Where the tokenizer is of a model that `locate` has found."""
+    return (place if store.is_converted(place) else place.parent.parent) / "tokenizer"
+
+
+def start_of(meta: Mapping[str, Any], stage_directory: epath.Path) -> str | None:
+    """What a run started from, by the record in its checkpoints: an exact place, or None.
+
+    A stage of the same working directory is recorded relative to it, so that the working directory can be moved.
+    """
+    recorded = meta["init"]
+    return str(stage_directory.parent / recorded[3:]) if recorded and recorded.startswith("../") else recorded
+
+
+def identity_of(start: str | None) -> dict[str, Any] | None:
+    """What tells a run's step from another that may later be at the same place; None of anything else."""
+    if start is None or store.is_converted(path := epath.Path(start)):
+        return None
+    with Checkpoints(path.parent, read_only=True) as checkpoints:
+        return checkpoints.checksums(int(path.name))
+
+
+def check_start(meta: Mapping[str, Any], stage_directory: epath.Path) -> None:
+    """Refuses to go on from a run whose start has become another: what was not trained, or a later stage, rests on it.
+
+    A start that is gone is missed where it is read.
+
+    Raises:
+      ValueError: naming the stage and the step that it started from.
+    """
+    start, recorded = start_of(meta, stage_directory), meta.get("init_identity")
+    if recorded is None or not epath.Path(start).exists() or identity_of(start) == recorded:
+        return
+    raise ValueError(
+        f"{stage_directory} started from {start}, where another checkpoint is now: that stage was trained anew since. "
+        "Move this stage's directory away to train it anew too, or put the earlier one back"
+    )
+
+
+def converted_start(path: epath.Path | None) -> epath.Path | None:
+    """The converted directory from which a run, and those that it goes on from, once started; None if from nothing.
+
+    Args:
+      path: of a checkpoint; None is no start.
+
+    Raises:
+      FileNotFoundError: one of the starts is gone.
+    """
+    while path is not None and not store.is_converted(path := locate(path)):
+        with Checkpoints(path.parent, read_only=True) as checkpoints:
+            start = start_of(checkpoints.meta(int(path.name)), path.parent.parent)
+        path = epath.Path(start) if start else None
+    return path
+
+
+def record_of(start: str | None, stage_directory: epath.Path) -> str | None:
+    """The record that `start_of` reads."""
+    workdir = f"{stage_directory.parent}/"
+    return f"../{start.removeprefix(workdir)}" if start and start.startswith(workdir) else start

@@ -1,0 +1,147 @@
+"""One step of a run on disk, as this process alone reads it; `checkpoints.py` has the processes agree on it.
+
+Read through Orbax's handlers, which wait for nobody. What is missing, cut short or altered is a `DamagedCheckpoint`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from unialign_jax.tree_checks import checksum, describe_differences, flat_leaves
+
+PARTS = ("params", "opt_state", "ema")
+CHECKSUMS = "checksums"  # in the step's meta
+# What Orbax, TensorStore and json raise for files that are missing, cut short or altered.
+_READ_ERRORS = (ValueError, OSError, KeyError, TypeError)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be read or written as asked. The message says what to do."""
+
+
+class WrongArchitecture(CheckpointError):
+    """The checkpoint is whole, but its arrays are not those of the network that was asked for."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A step whose files are missing, cut short or altered."""
+
+
+class SavedStep:
+    """The files of one step.
+
+    Args:
+      path: `DIR/STEP`.
+    """
+
+    def __init__(self, path: epath.Path):
+        self.path = path
+
+    def meta(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the run says about itself, and the checksums of `PARTS`.
+
+        Raises:
+          DamagedCheckpoint: as all methods.
+        """
+        meta = self._json("meta")
+        try:
+            return meta, meta.pop(CHECKSUMS)
+        except _READ_ERRORS as error:
+            raise self.damaged(error) from error
+
+    def data_state(self) -> Any:
+        """The state of the data iterator."""
+        try:
+            return self._json("data")["iterator"]
+        except _READ_ERRORS as error:
+            raise self.damaged(error) from error
+
+    def state(self, abstract_state: Any) -> Any:
+        """The whole state, where the leaves of `abstract_state` say.
+
+        Raises:
+          WrongArchitecture: names, shapes or dtypes differ; the message lists them.
+        """
+        self._check_same(self._leaves(), flat_leaves(abstract_state))
+        try:
+            args = ocp.args.StandardRestore(_with_shardings(abstract_state))
+            return ocp.StandardCheckpointHandler().restore(self.path / "state", args=args)
+        except _READ_ERRORS as error:
+            raise self.damaged(error) from error
+
+    def params(self, abstract_params: Mapping[str, Any] | None, which: str) -> Any:
+        """`params` or `ema` alone, of the networks in `abstract_params` (None: all, on the first local device).
+
+        Raises:
+          CheckpointError: the step has none. Else as `state`.
+        """
+        saved = {path[1:]: leaf for path, leaf in self._leaves().items() if path[0] == which}
+        if not saved:
+            raise CheckpointError(f"{self.path} has no {which!r}: the run kept none")
+        if abstract_params is None:
+            leaves = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in saved.items()}
+            abstract_params = ocp.tree.from_flat_dict(leaves)
+        wanted = {path: leaf for path, leaf in saved.items() if path[0] in abstract_params}
+        self._check_same(wanted, flat_leaves(abstract_params), prefix=f"{which}/")
+        item = _with_shardings({which: abstract_params})
+        args = ocp.args.PyTreeRestore(
+            item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+        )
+        try:
+            return ocp.PyTreeCheckpointHandler().restore(self.path / "state", args=args)[which]
+        except _READ_ERRORS as error:
+            raise self.damaged(error) from error
+
+    def damaged(self, cause: Exception | str) -> DamagedCheckpoint:
+        """The error that says so."""
+        return DamagedCheckpoint(f"{self.path} is damaged ({_short(cause)})")
+
+    def _json(self, item: str) -> Any:
+        try:
+            return ocp.JsonCheckpointHandler().restore(self.path / item)
+        except _READ_ERRORS as error:
+            raise self.damaged(error) from error
+
+    def _leaves(self) -> dict[tuple[str, ...], Any]:
+        try:
+            return flat_leaves(ocp.StandardCheckpointHandler().metadata(self.path / "state").tree)
+        except _READ_ERRORS as error:
+            raise self.damaged(error) from error
+
+    def _check_same(self, saved: dict, wanted: dict, prefix: str = "") -> None:
+        if differences := describe_differences(saved, wanted, prefix):
+            raise WrongArchitecture(
+                f"{self.path} is of another architecture than the config's: {differences}. "
+                "Use the config it was trained with, or another directory."
+            )
+
+
+def saved_steps(directory: epath.Path) -> list[int]:
+    """Complete steps in a checkpoint directory, oldest first, as this process sees it; none if it is absent."""
+    return sorted(ocp.utils.checkpoint_steps(directory))
+
+
+def checksums(tree: Any) -> Any:
+    """One of each network, so that they can be read apart; of the optimizer's state one."""
+    if isinstance(tree, Mapping):
+        return {name: checksum({name: network}) for name, network in tree.items()}
+    return checksum(tree)
+
+
+def _short(cause: Exception | str) -> str:
+    text = cause if isinstance(cause, str) else f"{type(cause).__name__}: {cause}"
+    text = " ".join(text.split())
+    return text if len(text) <= 300 else text[:300] + "…"
+
+
+def _with_shardings(tree: Any) -> Any:
+    """Abstract leaves that all say where they go: Orbax would reuse the shardings of the run that saved them."""
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def abstract(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or default)
+
+    return jax.tree.map(abstract, tree)
