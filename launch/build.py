@@ -18,10 +18,8 @@ _FORMAT = flags.DEFINE_enum(
 )
 _TASK = flags.DEFINE_string("task", None, "What all rows are for; without it, each row tells.")
 _SPLIT = flags.DEFINE_string("split", "train", "Of a TFDS dataset.")
-_FIELDS = flags.DEFINE_list("fields", [], "Of a TFDS dataset: FIELD=FEATURE, ..., see docs/data.md.")
-flags.register_validator(
-    "fields", lambda pairs: all("=" in pair for pair in pairs), "expected FIELD=FEATURE, separated by commas"
-)
+_FIELDS = cli.define_pairs("fields", "Of a TFDS dataset: FIELD=FEATURE, ..., see docs/data.md.")
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS datasets given by name are kept.")
 _NAME = flags.DEFINE_string("name", "samples", "What TFDS calls the dataset: lower case and underscores.")
 _ROWS = flags.DEFINE_integer("rows_per_shard", 2000, "Rows that go into one file.", lower_bound=1)
 _PROCESSES = flags.DEFINE_integer("processes", os.cpu_count(), "That work at it.", lower_bound=1)
@@ -34,8 +32,10 @@ def main() -> None:
     from unialign_jax.data.build import build
     from unialign_jax.data.sources import SourceConfig, open_source
 
-    fields = dict(field.split("=", 1) for field in _FIELDS.value)
-    source = open_source(SourceConfig(_SOURCE.value, _FORMAT.value, _TASK.value, split=_SPLIT.value, fields=fields))
+    config = SourceConfig(
+        *(_SOURCE.value, _FORMAT.value, _TASK.value), split=_SPLIT.value, fields=_FIELDS(), data_dir=_DATA_DIR.value
+    )
+    source = open_source(config)
     target = storage.absolute(_TARGET.value)
     report = build(
         source,

@@ -84,6 +84,10 @@ def test_defects_keep_their_traceback_and_expected_errors_do_not(program):
     ours = program("raise ValueError('the config is\\nwrong')")
     assert_refused(run(program=ours), "error: the config is wrong")
     assert "Traceback" in run("--traceback", program=ours).stderr
+    # As from a worker process: raised by a library's code, but of our class.
+    raising = "exec('raise CorpusError(chr(120))', {'CorpusError': CorpusError, '__name__': 'library'})"
+    handed_on = program(f"from unialign_jax.data.report import CorpusError\n{raising}")
+    assert_refused(run(program=handed_on), "error: x")
     foreign = run(program=program("int('x')\nimport json\njson.loads('{')"))
     assert foreign.returncode == 1 and "error: " in foreign.stderr
     library = run(program=program("import json\njson.loads('{')"))

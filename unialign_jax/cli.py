@@ -43,6 +43,15 @@ def run(main: Callable[[], None]) -> None:
     app.run(guarded, flags_parser=_parse)
 
 
+def define_pairs(name: str, about: str) -> Callable[[], dict[str, str]]:
+    """A flag that takes KEY=VALUE pairs, separated by commas; the result reads it."""
+    holder = flags.DEFINE_list(name, [], about)
+    flags.register_validator(
+        name, lambda pairs: all("=" in pair for pair in pairs), "expected KEY=VALUE, separated by commas"
+    )
+    return lambda: dict(pair.split("=", 1) for pair in holder.value)
+
+
 def _parse(arguments: list[str]) -> list[str]:
     try:
         positional = flags.FLAGS(arguments)
@@ -80,6 +89,8 @@ def _wrong_override(message: str, arguments: list[str]) -> str:
 
 
 def _raised_by_us(error: BaseException) -> bool:
+    if type(error).__module__.split(".")[0] == __package__:
+        return True  # raised behind a process boundary, its trace ends in the library that handed it on
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -6,6 +6,7 @@
 import contextlib
 import os
 import pathlib
+import posixpath
 import tempfile
 from collections.abc import Iterator
 
@@ -30,6 +31,27 @@ def absolute(path: epath.PathLike) -> epath.Path:
         except ImportError as error:
             raise ValueError(f"{path}: gs:// needs another package: pip install 'unialign_jax[gcs]'") from error
     return epath.Path(path) if is_remote(path) else epath.Path(path).expanduser().resolve()
+
+
+def read_range(path: epath.Path, start: int, end: int) -> bytes:
+    """Bytes `start` to `end` of a file. Of a remote one these alone are fetched: `open` would fetch megabytes."""
+    if is_remote(path):
+        scheme = str(path).partition("://")[0]
+        return fsspec.filesystem("gcs" if scheme == "gs" else scheme).cat_file(str(path), start=start, end=end)
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(end - start)
+
+
+def beside(file: epath.Path, name: str) -> str:
+    """What a name in a file means: an address as it is, a path from the file's directory on.
+
+    Object stores take `..` for a name like any other, so there it is resolved.
+    """
+    if "://" in name:
+        return name
+    scheme, mark, place = str(file.parent / name).partition("://")
+    return f"{scheme}{mark}{posixpath.normpath(place)}" if mark else scheme
 
 
 @contextlib.contextmanager

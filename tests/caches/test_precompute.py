@@ -62,7 +62,8 @@ def make_config(corpus, **changes):
 def cached(corpus, tmp_path_factory):
     """A directory with all caches, of two shards each."""
     directory = tmp_path_factory.mktemp("caches")
-    precompute(make_config(corpus, cached=ALL), directory, rows_per_shard=7, batch=4)
+    # With a worker process: refusals cross its boundary.
+    precompute(make_config(corpus, cached=ALL, **{"data.workers": 1}), directory, rows_per_shard=7, batch=4)
     return directory
 
 
@@ -163,6 +164,15 @@ def test_what_cannot_be_read_now_is_not_left_out_for_good(corpus, tmp_path):
         precompute(
             make_config(tmp_path / "corpus", cached=("latents",)), tmp_path / "caches", rows_per_shard=7, batch=4
         )
+
+
+def test_the_limit_is_for_all_rows_however_often_it_starts(corpus, cached, tmp_path):
+    shutil.copytree(cached, tmp_path / "caches")
+    for shard in (tmp_path / "caches" / "draw").rglob("00001-*"):  # without the spoilt row
+        shard.unlink()
+    config = make_config(corpus, cached=ALL, **{"data.refused_share": 0.01})
+    with pytest.raises(CorpusError, match=r"not an image: 1\n +line 6: "):
+        precompute(config, tmp_path / "caches", rows_per_shard=7, batch=4)
 
 
 def test_a_shard_that_cannot_be_read_now_is_not_recorded_as_refused(corpus, tmp_path):

@@ -7,6 +7,7 @@ import functools
 import io
 import itertools
 import json
+import pathlib
 import threading
 
 import jax
@@ -78,6 +79,10 @@ def test_images_are_measured_once_upright_and_from_their_headers(tmp_path, encod
     with path.open("a") as file:  # another state of the file: measured anew
         file.write("\n" + json.dumps(rows[3]))
     np.testing.assert_array_equal(target_sizes(JsonlSource(path)), [[0, 0], *expected[1:], [8, 9]])
+    kept = pathlib.Path(JsonlSource(path).sizes_path)
+    for damaged in (kept.read_bytes()[:100], b"", b"text"):  # half copied: measured anew
+        kept.write_bytes(damaged)
+        np.testing.assert_array_equal(target_sizes(JsonlSource(path)), [[0, 0], *expected[1:], [8, 9]])
 
 
 def test_an_image_that_can_not_be_read_now_is_not_measured_as_unknown(tmp_path, write_rows):

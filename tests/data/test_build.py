@@ -162,6 +162,13 @@ def test_processes_change_nothing(tmp_path, write_rows):
     assert files(tmp_path / "one").keys() == files(tmp_path / "two").keys()
 
 
+@pytest.mark.parametrize("name", ["my-photos", "2photos", "a/b", "Photos", ""])
+def test_names_that_tfds_would_refuse_at_the_end_are_refused_at_once(tmp_path, write_rows, name):
+    with pytest.raises(ValueError, match=f"name is '{name}'"):
+        build(JsonlSource(write_rows(2)), tmp_path / "made", name=name)
+    assert not (tmp_path / "made").exists()
+
+
 def test_too_many_unusable_rows_stop_it(tmp_path, write_rows):
     source = JsonlSource(write_rows(20, spoil=(3, 5)))
     with pytest.raises(CorpusError, match="rows.jsonl: 2 of 20 rows read refused"):
@@ -196,7 +203,7 @@ class Pets(tfds.core.GeneratorBasedBuilder):
             texts = [{"text": f"caption {i}.{j}"} for j in range(i)]
             file = io.BytesIO()
             Image.new("RGB", (10, 8), (i, i, i)).save(file, "PNG")
-            yield i, {"image": file.getvalue(), "label": i % 2, "captions": texts}
+            yield i, {"image": file.getvalue(), "label": i % 2 if i < 4 else -1, "captions": texts}
 
 
 @pytest.fixture(scope="module")
@@ -222,8 +229,13 @@ def test_datasets_of_other_forms_by_name_and_directory(foreign, encoded):
     assert source.fingerprint().items() >= {"rows": 5, "name": "pets/1.2.0", "task": "caption"}.items()
     fields = {"target": "image", "question": "label", "answer": "label"}
     labelled = TfdsSource(foreign / "pets" / "1.2.0", "answer", fields=fields)
-    answers = {labelled[i].target: labelled[i].answer for i in range(5)}
-    assert answers == {encoded(i): ("tabby cat", "dog")[i % 2] for i in range(5)}
+    answers = {}
+    for i in range(5):
+        try:
+            answers[labelled[i].target] = labelled[i].answer
+        except Refused as refused:
+            assert refused.cause is Cause.EMPTY_TEXT and "'label': -1 is none of its 2 labels" in refused.detail
+    assert answers == {encoded(i): ("tabby cat", "dog")[i % 2] for i in range(4)}
 
 
 @pytest.mark.parametrize(

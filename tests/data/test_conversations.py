@@ -42,6 +42,7 @@ def test_each_pair_of_turns_is_a_sample():
         (ROW | {"image": ""}, Cause.MISSING_IMAGE, "empty"),
         (ROW | {"conversations": []}, Cause.WRONG_TYPE, "'conversations'"),
         (ROW | {"conversations": [3, 4]}, Cause.WRONG_TYPE, "'conversations'"),
+        (ROW | {"conversations": [{"from": "system", "value": "x"}]}, Cause.TURNS_OUT_OF_ORDER, "found 0 turns"),
         (ROW | {"conversations": talk("x?", "y", "z?")}, Cause.TURNS_OUT_OF_ORDER, "found 3 turns"),
         (ROW | {"conversations": talk("y", "x?", speakers=("gpt", "human"))}, Cause.TURNS_OUT_OF_ORDER, "from 'gpt'"),
         (ROW | {"conversations": [{"value": "x"}] * 2}, Cause.MISSING_KEY, "'conversations'[0]: 'from'"),

@@ -6,7 +6,9 @@ import pickle
 import zlib
 
 import pytest
+from etils import epath
 
+from unialign_jax import storage
 from unialign_jax.data import jsonl
 from unialign_jax.data.jsonl import JsonlSource
 from unialign_jax.data.report import CorpusError
@@ -60,6 +62,10 @@ def test_published_forms():
 def test_paths_are_relative_to_the_file_unless_absolute():
     for path, expected in {"x/a.png": "/data/x/a.png", "/b/a.png": "/b/a.png", "gs://b/a.png": "gs://b/a.png"}.items():
         assert parse(GENERATE | {"image": [path]}).target == expected
+        assert parse(GENERATE | {"image": path}).target == expected
+    assert parse(COMPOSE | {"original_images": "a.png"}).references == ("/data/a.png",)
+    assert storage.beside(epath.Path("/data/rows.jsonl"), "../b.png") == "/data/../b.png"  # which may be a link
+    assert storage.beside(epath.Path("gs://b/data/rows.jsonl"), "../a/b.png") == "gs://b/a/b.png"
 
 
 @pytest.mark.parametrize(
@@ -76,7 +82,7 @@ def test_paths_are_relative_to_the_file_unless_absolute():
         (EDIT | {"conversations": [{"from": "human"}]}, None, Cause.MISSING_KEY, "'conversations'[0]: 'value'"),
         ({k: v for k, v in EDIT.items() if k != "instruction"}, "edit", Cause.MISSING_KEY, "'instruction'"),
         ({k: v for k, v in COMPOSE.items() if k != "edit_prompt"}, None, Cause.MISSING_KEY, "'edit_prompt'"),
-        (EDIT | {"image": "a.png"}, None, Cause.WRONG_TYPE, "'image'"),
+        (EDIT | {"image": "a.png"}, None, Cause.IMAGE_COUNT, "'image': expected 2, found 1"),
         (GENERATE | {"image": [3]}, None, Cause.WRONG_TYPE, "'image'"),
         (GENERATE | {"conversations": []}, None, Cause.WRONG_TYPE, "'conversations'"),
         (GENERATE | {"conversations": ["a cat"]}, None, Cause.WRONG_TYPE, "'conversations'"),

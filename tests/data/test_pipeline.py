@@ -91,6 +91,10 @@ def test_questions_carry_no_loss(tmp_path):
     assert batch["caption_loss_mask"][0].tolist() == [False] * 3 + [True] * 3
     np.testing.assert_array_equal(batch["instruction_ids"], batch["caption_ids"])
     np.testing.assert_array_equal(batch["teacher_ids"][0], Bytes().encode("ab? no", 5) + 1000)
+    # There must be room for an answer, or its end alone would be learned.
+    path = write(tmp_path, "vqa.jsonl", [{"image": ["a.png"], "question": "abcde?", "answer": "no"}])
+    with make_batches(config(path, batch=1), Bytes()) as batches, pytest.raises(CorpusError, match="leaves none for"):
+        next(batches)
 
 
 def test_every_pass_holds_every_row_once_in_an_order_of_its_own(write_rows):

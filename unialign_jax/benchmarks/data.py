@@ -39,21 +39,19 @@ _ROUNDS = 3
 _BATCHES = 20  # per round
 
 
-def run(rows: str | None = None) -> dict[str, Any]:
-    """Times every loader, in this process and with one worker process per core.
-
-    Args:
-      rows: JSONL file of generation rows; None draws photograph-like images.
+def run() -> dict[str, Any]:
+    """Times every loader on drawn photograph-like images, in this process and with one worker process per core.
 
     Returns:
       `{"settings": ..., "results": [{"loader", "workers", "images_per_cpu_second", "images_per_second"}, ...]}`; rates
       are medians of the rounds, in which the loaders take turns. PyTorch's is absent where it is not installed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        rows = rows or _draw_photos(pathlib.Path(folder))
+        rows = _draw_photos(pathlib.Path(folder))
         shards = os.path.join(folder, "shards")
         build(JsonlSource(rows), shards, name="photos", rows_per_shard=64, refused_share=0.5)
-        files = [JsonlSource(rows)[i].target for i in range(len(JsonlSource(rows)))]
+        source = JsonlSource(rows)
+        files = [source[i].target for i in range(len(source))]
         tokenizer = Tokenizer.learn([f"a photograph number {i}" for i in range(100)], 40)
         cached = _draw_latents(pathlib.Path(folder) / "caches", rows)
         results = []

@@ -42,7 +42,8 @@ class Preparation:
           row: its number in the source.
 
         Raises:
-          Refused: an image can't be used, or the sample has more references than there is room for.
+          Refused: an image can't be used, the sample has more references than there is room for, or its question
+            leaves no room for the answer.
           CacheMismatch, CorpusError: see `Cache.read`.
         """
         arrays = {}
@@ -50,7 +51,13 @@ class Preparation:
         for cache in self.caches.values():  # first: they refuse a row for the reason that its pixels were refused for
             mark = mark or cache.digest(sample)
             arrays |= cache.read(row, mark)
-        return arrays | self.pixels(sample) | self.texts(sample)
+        texts = self.texts(sample)
+        if sample.task == "answer" and texts["caption_loss_mask"].sum() < 2:  # what is left is the end of the text
+            raise Refused(
+                Cause.TEXT_TOO_LONG,
+                f"the question fills all {self.text_length} tokens and leaves none for the answer; raise text_length",
+            )
+        return arrays | self.pixels(sample) | texts
 
     def pixels(self, sample: Sample) -> dict[str, np.ndarray]:
         """`target`, `references` and `reference_mask`, as far as they are needed; raises `Refused`."""

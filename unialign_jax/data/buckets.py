@@ -10,6 +10,7 @@ import concurrent.futures
 import io
 import json
 import math
+import zipfile
 import zlib
 from collections.abc import Sequence
 
@@ -112,10 +113,13 @@ def target_sizes(source: Source, *, keep: bool = True) -> np.ndarray:
     """
     path = epath.Path(source.sizes_path)
     if path.exists():
-        with np.load(io.BytesIO(path.read_bytes())) as kept:
-            if json.loads(str(kept["fingerprint"])) == source.targets_fingerprint():
-                return kept["sizes"]
-        logging.warning("%s was made of another state of %s: the images are measured anew", path, source.path)
+        try:
+            with np.load(io.BytesIO(path.read_bytes())) as kept:
+                if json.loads(str(kept["fingerprint"])) == source.targets_fingerprint():
+                    return kept["sizes"]
+            logging.warning("%s was made of another state of %s: the images are measured anew", path, source.path)
+        except (EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            logging.warning("%s is damaged (%s): the images of %s are measured anew", path, error, source.path)
     chunks = [range(start, min(start + _CHUNK, len(source))) for start in range(0, len(source), _CHUNK)]
     sizes = np.zeros((len(source), 2), np.int32)
 
@@ -159,9 +163,8 @@ def _measure(source: Source, row: int) -> tuple[int, int]:
 
 
 def main() -> None:
-    fields = dict(field.split("=", 1) for field in _FIELDS.value)
     config = SourceConfig(
-        *(_SOURCE.value, _FORMAT.value, _TASK.value), split=_SPLIT.value, fields=fields, data_dir=_DATA_DIR.value
+        *(_SOURCE.value, _FORMAT.value, _TASK.value), split=_SPLIT.value, fields=_FIELDS(), data_dir=_DATA_DIR.value
     )
     source = open_source(config)
     sizes = target_sizes(source)
@@ -174,6 +177,6 @@ if __name__ == "__main__":
     # The same as training has: they say which image of a row is the target, and which rows can be used.
     _TASK = flags.DEFINE_string("task", None, "The source's task in the config.")
     _SPLIT = flags.DEFINE_string("split", "train", "Of a TFDS dataset.")
-    _FIELDS = flags.DEFINE_list("fields", [], "Of a TFDS dataset: FIELD=FEATURE, ..., see docs/data.md.")
+    _FIELDS = cli.define_pairs("fields", "Of a TFDS dataset: FIELD=FEATURE, ..., see docs/data.md.")
     _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS datasets given by name are kept.")
     cli.run(main)

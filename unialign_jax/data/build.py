@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -80,6 +81,8 @@ def build(
     """
     if rows_per_shard < 1 or processes < 1:
         raise ValueError(f"rows_per_shard is {rows_per_shard} and processes {processes}, expected 1 or more of each")
+    if not re.fullmatch("[a-z][a-z0-9_]*", name):
+        raise ValueError(f"name is {name!r}, expected what TFDS takes: a lower-case letter, then letters, digits and _")
     directory = epath.Path(directory)
     shards = math.ceil(len(source) / rows_per_shard)
     plan = {
@@ -91,11 +94,13 @@ def build(
     }
     _begin(directory, plan)
     write = functools.partial(_write_shard, str(directory), name, shards, rows_per_shard)
-    missing = [shard for shard in range(shards) if not _account_path(directory, shard).exists()]
+    there = {path.name for path in (directory / _WORK).iterdir()}
+    missing = [shard for shard in range(shards) if _account_path(directory, shard).name not in there]
+    written = sorted(set(range(shards)) - set(missing))
     report = Report(source.path, len(source), refused_share, in_order=True)
     with tqdm.tqdm(total=len(source), desc=f"writing {directory}", unit="row") as bar:
         for account in itertools.chain(
-            (_read_account(directory, shard) for shard in range(shards) if shard not in set(missing)),
+            (_read_account(directory, shard) for shard in written),
             _run(write, source, missing, processes),
         ):
             for _ in range(account["rows"]):
@@ -125,7 +130,7 @@ def _begin(directory: epath.Path, plan: dict[str, Any]) -> None:
 
 
 def _run(write: functools.partial, source: Source, shards: list[int], processes: int) -> Iterator[dict[str, Any]]:
-    """The accounts of the shards, as they are finished."""
+    """The accounts of the shards, in order."""
     if processes == 1 or len(shards) <= 1:
         yield from (write(source, shard) for shard in shards)
         return
@@ -136,10 +141,8 @@ def _run(write: functools.partial, source: Source, shards: list[int], processes:
         initializer=_Worker.start,
         initargs=(write, source),
     ) as pool:
-        futures = [pool.submit(_Worker.write, shard) for shard in shards]
         try:
-            for future in concurrent.futures.as_completed(futures):
-                yield future.result()
+            yield from pool.map(_Worker.write, shards)  # which keeps no account that it has handed on
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -196,7 +199,12 @@ def _example(sample: Sample) -> tuple[dict[str, Any], tuple[int, int]]:
 
 
 def _finish(directory: epath.Path, plan: dict[str, Any], shards: int, report: Report) -> None:
-    accounts = [_read_account(directory, shard) for shard in range(shards)]
+    lengths, size, sizes = [], 0, []
+    for shard in range(shards):
+        account = _read_account(directory, shard)
+        lengths.append(account["rows"])
+        size += account["bytes"]
+        sizes.append(np.array(account["sizes"], np.int32).reshape(-1, 2))
     template = tfds.core.ShardedFileTemplate(
         data_dir=directory,
         dataset_name=plan["name"],
@@ -206,8 +214,8 @@ def _finish(directory: epath.Path, plan: dict[str, Any], shards: int, report: Re
     )
     split = tfds.core.SplitInfo(
         name=_SPLIT,
-        shard_lengths=[account["rows"] for account in accounts],
-        num_bytes=sum(account["bytes"] for account in accounts),
+        shard_lengths=lengths,
+        num_bytes=size,
         filename_template=template,
     )
     (directory / REFUSED_FILE).write_text(json.dumps(report.state(), indent=1))
@@ -220,8 +228,7 @@ def _finish(directory: epath.Path, plan: dict[str, Any], shards: int, report: Re
         check_data=False,
     )
     dataset = TfdsSource(directory)
-    sizes = [size for account in accounts for size in account["sizes"]]
-    save_sizes(epath.Path(dataset.sizes_path), dataset.targets_fingerprint(), np.array(sizes, np.int32))
+    save_sizes(epath.Path(dataset.sizes_path), dataset.targets_fingerprint(), np.concatenate(sizes))
     (directory / _WORK).rmtree()
 
 

@@ -175,7 +175,7 @@ class Cache:
       part: of `PARTS`.
       settings: see `Description`; what they must be.
       source: whose rows.
-      rows: numbers of the stream's rows, ascending int64.
+      rows: numbers of the stream's rows, see `streams.Stream`.
 
     Attributes:
       path, part, description: of the cache.
@@ -185,7 +185,9 @@ class Cache:
       CorpusError: it is unfinished or damaged.
     """
 
-    def __init__(self, path: epath.Path, part: str, settings: Mapping[str, Any], source: Source, rows: np.ndarray):
+    def __init__(
+        self, path: epath.Path, part: str, settings: Mapping[str, Any], source: Source, rows: np.ndarray | range
+    ):
         self.path, self.part = path, part
         try:
             self.description = read_description(path)
@@ -225,7 +227,7 @@ class Cache:
           CacheMismatch: another sample was in that row then.
           CorpusError: the record can't be read.
         """
-        index = int(np.searchsorted(self._rows, row))
+        index = row if isinstance(self._rows, range) else int(np.searchsorted(self._rows, row))
         try:
             content = self._records[index]
         except DamagedShard as error:
@@ -283,16 +285,17 @@ class Caches:
         """Of the cache of a part, of a source (by its place in the config) in a bucket of height and width `size`."""
         return epath.Path(self.directory) / self.names[which] / f"{size[0]}x{size[1]}" / part
 
-    def all_settings(self, part: str, source: Source, rows: np.ndarray, references: int) -> dict[str, Any]:
+    def all_settings(self, part: str, source: Source, rows: np.ndarray | range, references: int) -> dict[str, Any]:
         """The settings of a stream's cache, its rows included."""
-        settings = {"version": _VERSION, "bucket": f"{len(rows)} rows, checksum {zlib.crc32(rows.astype('<i8'))}"}
+        checksum = zlib.crc32(np.asarray(rows, "<i8"))
+        settings = {"version": _VERSION, "bucket": f"{len(rows)} rows, checksum {checksum}"}
         settings |= {f"source.{name}": value for name, value in source.fingerprint().items()}
         if part != "instructions":  # of a row with more, the images are refused
             settings["references"] = references
         return json.loads(json.dumps(settings | dict(self.settings[part])))
 
     def open(
-        self, which: int, source: Source, rows: np.ndarray, size: tuple[int, int], references: int
+        self, which: int, source: Source, rows: np.ndarray | range, size: tuple[int, int], references: int
     ) -> dict[str, Cache]:
         """The caches of a stream by part; see `Cache` for what is refused."""
         make = functools.partial(Cache, source=source, rows=rows)

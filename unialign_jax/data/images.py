@@ -5,6 +5,7 @@ whole images are refused by cause, never completed with guesses.
 """
 
 import contextlib
+import errno
 import functools
 import io
 from collections.abc import Callable, Iterator
@@ -37,6 +38,8 @@ _UPRIGHT = {
 }
 _TURNED = (5, 6, 7, 8)  # those that exchange height and width
 _CUT_SHORT = ("truncated", "not enough", "eof", "end of file")
+_LONGEST_SHOWN = 300
+_NO_FILE = (errno.ENAMETOOLONG, errno.ELOOP)  # what no later attempt changes
 _TIFF_WIDTH, _TIFF_HEIGHT = 256, 257
 _PNG_SIGNATURE_BYTES = 8
 # The texts of a PNG in which Pillow looks for an orientation, besides its chunk of EXIF.
@@ -101,21 +104,32 @@ def read(path: str) -> bytes:
 
 @contextlib.contextmanager
 def _open(path: str) -> Iterator[IO[bytes]]:
+    name = _shown(path)
     try:
-        with epath.Path(path).open("rb") as file:
+        place = epath.Path(path)
+    except KeyError:
+        raise Refused(Cause.MISSING_IMAGE, f"{name}: expected a local path or gs://") from None
+    try:
+        with place.open("rb") as file:
             yield file
     except Refused:
         raise
     except (FileNotFoundError, NotADirectoryError):
-        raise Refused(Cause.MISSING_IMAGE, f"{path!r}: no such file") from None
+        raise Refused(Cause.MISSING_IMAGE, f"{name}: no such file") from None
     except Exception as error:
         if "://" in path:  # whatever the store's client raises: an outage, a request too many
-            raise Refused(Cause.UNREADABLE_IMAGE, f"{path!r}: {type(error).__name__}: {error}") from None
+            raise Refused(Cause.UNREADABLE_IMAGE, f"{name}: {type(error).__name__}: {error}") from None
         if isinstance(error, ValueError):  # a NUL or half a surrogate pair: no file can be called that
-            raise Refused(Cause.MISSING_IMAGE, f"{path!r} is not a file name ({error})") from None
+            raise Refused(Cause.MISSING_IMAGE, f"{name} is not a file name ({error})") from None
         if isinstance(error, OSError):
-            raise Refused(Cause.UNREADABLE_IMAGE, f"{path!r}: {error.strerror or error}") from None
+            cause = Cause.MISSING_IMAGE if error.errno in _NO_FILE else Cause.UNREADABLE_IMAGE
+            raise Refused(cause, f"{name}: {error.strerror or error}") from None
         raise
+
+
+def _shown(path: str) -> str:
+    """A path in a message; what stands in its place may be a whole image."""
+    return repr(path if len(path) <= _LONGEST_SHOWN else f"{path[:_LONGEST_SHOWN]}…")
 
 
 def decode(data: bytes) -> Image.Image:
@@ -181,7 +195,7 @@ def _named(source: str | bytes) -> Iterator[None]:
     except Refused as refused:
         if isinstance(source, bytes):
             raise
-        raise Refused(refused.cause, f"{source!r}: {refused.detail}") from refused.__cause__
+        raise Refused(refused.cause, f"{_shown(source)}: {refused.detail}") from refused.__cause__
 
 
 def _header(file: IO[bytes]) -> Image.Image:

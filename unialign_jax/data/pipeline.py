@@ -43,6 +43,7 @@ def make_batches(
     *,
     slots: Sequence[int] | None = None,
     caches: Caches | None = None,
+    sources: Sequence[Source] | None = None,
 ) -> "Batches":
     """The endless iterator of this host's part of the batches.
 
@@ -57,6 +58,7 @@ def make_batches(
         samples (model axes that span hosts) have equal slots. They need not be neighbours: a host's chips are not, in
         a mesh that follows the wires between chips.
       caches: what is read in place of pixels and ids; the order of the samples stays what it is without.
+      sources: those of the config, where they are open already.
 
     Raises:
       CorpusError: a source is missing or empty, or has fewer rows than one batch; a cache is unfinished.
@@ -67,7 +69,7 @@ def make_batches(
     slots = tuple(everything if slots is None else slots)
     if not slots or slots[0] not in everything or slots[-1] not in everything:
         raise ValueError(f"slots is {slots}, expected a part of the global batch, {everything}")
-    sources = tuple(open_source(source) for source in config.sources)
+    sources = tuple(open_source(source) for source in config.sources) if sources is None else tuple(sources)
     streams = make_streams(config, sources, tokenizer, teacher_tokenizer, caches)
     return Batches(_Plan(config, sources, streams, slots))
 
@@ -175,6 +177,11 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     def next_size(self) -> tuple[int, int]:
         """Height and width of the images, in pixels, that the next batch is of."""
         return self._next_stream.size
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Those of the config, opened."""
+        return self._plan.sources
 
     @property
     def caches(self) -> tuple[Cache, ...]:

@@ -89,7 +89,7 @@ def parse_conversation(line: bytes, task: str | None, pair: int, find: Find) -> 
     row = _object(line)
     (target,) = _images(row, "image", find, count=1)
     turns = _without_system(_turns(row))
-    if len(turns) % 2:
+    if not turns or len(turns) % 2:
         raise Refused(Cause.TURNS_OUT_OF_ORDER, f"'conversations': expected pairs of turns, found {len(turns)} turns")
     for index, speakers in ((2 * pair, _ASKS), (2 * pair + 1, _ANSWERS)):
         speaker = _turn_text(turns, index, "from")
@@ -164,7 +164,7 @@ def _turn_text(turns: list[dict], index: int, key: str = "value") -> str:
 
 def _images(row: dict, key: str, find: Find, count: int | None = None) -> tuple[Image, ...]:
     paths = _value(row, key)
-    if isinstance(paths, str) and count == 1:
+    if isinstance(paths, str):
         paths = [paths]
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
         raise Refused(Cause.WRONG_TYPE, f"{key!r}: expected a list of paths")

@@ -31,6 +31,7 @@ class Cause(enum.StrEnum):
     UNKNOWN_TASK = "unknown task"
     EMPTY_TEXT = "empty text"
     MALFORMED_TEXT = "malformed text"
+    TEXT_TOO_LONG = "text too long"
     IMAGE_COUNT = "wrong number of images"
     MISSING_IMAGE = "missing image"
     UNREADABLE_IMAGE = "unreadable image"
@@ -50,9 +51,12 @@ class Refused(ValueError):
     """
 
     def __init__(self, cause: Cause, detail: str):
-        super().__init__(f"{cause}: {detail}")
+        super().__init__(cause, detail)  # what it is made of anew behind a process boundary
         self.cause = cause
         self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.cause}: {self.detail}"
 
 
 @dataclasses.dataclass(frozen=True)

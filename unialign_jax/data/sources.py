@@ -1,9 +1,11 @@
 """Where samples come from: one protocol, and the sources that fulfil it."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from unialign_jax import storage
 from unialign_jax.data.jsonl import ConversationSource, JsonlSource
 from unialign_jax.data.samples import Sample
 from unialign_jax.data.webdataset import TarSource
@@ -97,12 +99,15 @@ def open_source(config: SourceConfig) -> Source:
 
     Raises:
       CorpusError: it is missing, empty or not of its format.
-      ValueError: a task or field that it can't have.
+      ValueError: a task or field that it can't have, or a store whose client is not installed.
     """
+    path = os.path.expanduser(config.path)
+    if storage.is_remote(path):
+        storage.absolute(path)  # says what is missing to read it
     if config.format == "tfds":
         # Late: importing TFDS takes as long as all the rest.
         from unialign_jax.data.tfds_source import TfdsSource
 
-        return TfdsSource(config.path, config.task, config.split, dict(config.fields), config.data_dir)
+        return TfdsSource(path, config.task, config.split, dict(config.fields), config.data_dir)
     kind = {"rows": JsonlSource, "conversations": ConversationSource, "webdataset": TarSource}[config.format]
-    return kind(config.path, config.task)
+    return kind(path, config.task)

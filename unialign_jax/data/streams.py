@@ -33,14 +33,14 @@ class Stream:
 
     Attributes:
       source: which one, by its place in the config.
-      rows: their numbers, int64.
+      rows: their numbers, ascending: int64, or the range of all, which costs nothing to hand to worker processes.
       prepare: makes arrays of the bucket's size.
       weight: share of the batches.
       seed: of the order.
     """
 
     source: int
-    rows: np.ndarray
+    rows: np.ndarray | range
     prepare: Preparation
     weight: float
     seed: int
@@ -61,7 +61,7 @@ class Stream:
     def stand_ins(self, position: int, count: int) -> list[int]:
         """Rows to take instead of the one at that position, drawn at random."""
         rng = np.random.default_rng([self.seed, position])
-        return self.rows[rng.integers(len(self.rows), size=count)].tolist()
+        return [int(self.rows[i]) for i in rng.integers(len(self.rows), size=count)]
 
 
 def make_streams(
@@ -93,7 +93,7 @@ def make_streams(
         if len(config.sizes()) > 1:
             parts = divide(agreed_sizes(source), config.sizes(), least=config.global_batch)
         else:
-            parts = {config.sizes()[0]: np.arange(len(source))}
+            parts = {config.sizes()[0]: range(len(source))}
         for size, rows in parts.items():
             prepare = Preparation(
                 height=size[0],

@@ -140,6 +140,8 @@ class TfdsSource:
         if field in _IMAGES:
             return value
         if name in self._labels:
+            if not 0 <= value < len(self._labels[name]):  # TFDS writes -1 where there is no label
+                raise Refused(Cause.EMPTY_TEXT, f"{name!r}: {value} is none of its {len(self._labels[name])} labels")
             return self._labels[name][value].replace("_", " ")
         try:
             return value.decode("utf-8")

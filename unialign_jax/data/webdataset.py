@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import tqdm
 from etils import epath
 
+from unialign_jax import storage
 from unialign_jax.data.report import CorpusError
 from unialign_jax.data.rows import is_row, parse_row
 from unialign_jax.data.samples import TASKS, Cause, Refused, Sample
@@ -49,6 +50,7 @@ class TarSource:
         self._samples: list[tuple[int, str, _Members]] = []
         for number, tar in enumerate(tqdm.tqdm(self._tars, desc=f"indexing {path}", unit="tar")):
             self._samples += [(number, key, members) for key, members in _samples_of(tar)]
+        self._checksum = zlib.crc32(repr(self._samples).encode())
         if not self._samples:
             raise CorpusError(f"{path}: expected samples, found no files in its {len(self._tars)} tar(s)")
 
@@ -65,9 +67,7 @@ class TarSource:
 
         def read(suffix: str) -> bytes:
             offset, size = members[suffix]
-            with self._tars[number].open("rb") as file:
-                file.seek(offset)
-                return file.read(size)
+            return storage.read_range(self._tars[number], offset, offset + size)
 
         def find(name: str) -> bytes:
             stem, _, suffix = name.rpartition("/")[2].partition(".")
@@ -77,7 +77,7 @@ class TarSource:
 
         if "json" in members:
             row = read("json")
-            if "txt" not in members or is_row(row):
+            if "txt" not in members or _is_row(row):
                 return parse_row(row, self._task, find)
         images = [suffix for suffix in members if suffix.lower() in IMAGE_SUFFIXES]
         if len(images) != 1:
@@ -97,9 +97,17 @@ class TarSource:
 
     def fingerprint(self) -> dict[str, int | str | None]:
         """What tells that a run had read other tars, or read them for another task; by names, places and sizes."""
-        return {"rows": len(self), "checksum": zlib.crc32(repr(self._samples).encode()), "task": self._task}
+        return {"rows": len(self), "checksum": self._checksum, "task": self._task}
 
     targets_fingerprint = fingerprint
+
+
+def _is_row(content: bytes) -> bool:
+    """Whether JSON beside a caption is a published row; broken JSON is none, and is not read either."""
+    try:
+        return is_row(content)
+    except Refused:
+        return False
 
 
 def _samples_of(tar: epath.Path) -> Iterator[tuple[str, _Members]]:

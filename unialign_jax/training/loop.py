@@ -5,9 +5,10 @@ Every process of a run executes all of it; process 0 alone writes the logs. A ru
 """
 
 import contextlib
+import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from unialign_jax import agreement, distributed, lineage, parallel, pretrained, 
 from unialign_jax.batch import Batch
 from unialign_jax.checkpoints import Checkpoints
 from unialign_jax.data.pipeline import Batches, make_batches, merge_states
+from unialign_jax.data.sources import Source
 from unialign_jax.data.tokenizer import Tokenizer
 from unialign_jax.networks import Networks, Params
 from unialign_jax.saved_step import DamagedCheckpoint
@@ -107,7 +109,7 @@ def train(
             caches=caching.caches_of(run, networks, tokenizer, teacher_tokenizer),
         )
         stack.callback(batches.close)
-        held_batch = _first_batch(run, tokenizer) if run.log.samples_every else None
+        held_batch = _first_batch(run, tokenizer, batches.sources) if run.log.samples_every else None
         null_text = caching.null_text(batches.caches, tokenizer, run.data.text_length)
         shared = {name: parallel.replicate(array, program.mesh) for name, array in null_text.items()}
 
@@ -269,10 +271,11 @@ def _check_vocabulary(networks: Networks, tokenizer: Tokenizer) -> None:
         )
 
 
-def _first_batch(run: RunConfig, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+def _first_batch(run: RunConfig, tokenizer: Tokenizer, sources: Sequence[Source]) -> dict[str, np.ndarray]:
     """The samples that grids are made for, with pixels: the run's first ones, the same after every resume."""
     count = min(run.log.sample_count, run.data.global_batch)
-    with make_batches(run.data, tokenizer, slots=range(count)) as batches:
+    data = dataclasses.replace(run.data, workers=0)  # started, processes would cost more than one batch
+    with make_batches(data, tokenizer, slots=range(count), sources=sources) as batches:
         return next(batches)
 
 

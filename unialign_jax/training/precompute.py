@@ -9,8 +9,9 @@ those that are missing.
 import collections
 import contextlib
 import dataclasses
+import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import grain
@@ -119,6 +120,12 @@ def precompute(
 
     jobs = make_jobs(streams, opened, targets, missing)
     reports = [Report(source.path, len(source), run.data.refused_share, in_order=True) for source in opened]
+
+    def count_finished() -> None:
+        for stream, parts, lacking in zip(streams, targets, missing, strict=True):
+            _count_finished(next(iter(parts.values())), set().union(*lacking.values()), reports[stream.source])
+
+    agreement.primary(count_finished, CorpusError)
     rows, left = sum(len(stream.rows) for stream in streams), sum(job.rows for job in jobs)
     share = Share.of(program)
     with tqdm.tqdm(total=rows, initial=rows - left, unit="row", disable=not speaks, bar_format=_BAR) as bar:
@@ -170,7 +177,7 @@ def _work(job: Job, share: Share, encode: "_Encoder", config: DataConfig, report
     try:
         for turn in turns:
             with contextlib.ExitStack() as stack:
-                writers = {}
+                writers, refusals = {}, []
                 if share.writes and turn.shard is not None:
                     writers = {
                         name: stack.enter_context(_shard_writer(target, turn.shard))
@@ -186,10 +193,13 @@ def _work(job: Job, share: Share, encode: "_Encoder", config: DataConfig, report
                     number += 1
                     encoded.append((element, encode(element.pop("arrays"), tuple(job.targets))))
                     if len(encoded) > 1:
-                        _write(*encoded.popleft(), job, writers, report)
+                        refusals += _write(*encoded.popleft(), job, writers, report)
                     bar.update(count)
                 while encoded:
-                    _write(*encoded.popleft(), job, writers, report)
+                    refusals += _write(*encoded.popleft(), job, writers, report)
+                if refusals:  # before the shards appear
+                    for target in job.targets.values():
+                        storage.write_whole(_refusals_path(target, turn.shard), json.dumps(refusals).encode())
     finally:
         elements.close()
 
@@ -203,23 +213,40 @@ def _write(
     job: Job,
     writers: Mapping[str, ArrayRecordWriter],
     report: Report,
-) -> None:
-    """Appends the records of a batch to a shard of every part."""
+) -> list[tuple[int, str, str, str]]:
+    """Appends the records of a batch to a shard of every part; the rows that can't be used, as the report has them."""
     if not writers:
-        return
+        return []
+    refusals = []
     arrays = {name: _rows_here(array) for name, array in encoded.items()}
     for slot, (row, mark) in enumerate(zip(element["rows"], element["digests"], strict=True)):
         refused = element["refusals"].get(slot)
         if refused is not None:
-            report.add(0, (row, job.source.place(row), str(refused.cause), refused.detail))
-        else:
-            report.add(0)
+            refusals.append((row, job.source.place(row), str(refused.cause), refused.detail))
+        report.add(0, None if refused is None else refusals[-1])
         for part, writer in writers.items():
             if refused is not None:
                 writer.write(caches.refused_record(mark, refused))
             else:
                 row_arrays = {name: arrays[name][slot] for name in caches.PARTS[part]}
                 writer.write(caches.usable_record(mark, row_arrays, job.targets[part].description))
+    return refusals
+
+
+def _refusals_path(target: Target, shard: int) -> epath.Path:
+    """Of the file that names a shard's refused rows, if there are any."""
+    return target.path / f"{target.description.shard_name(shard)}.refused.json"
+
+
+def _count_finished(target: Target, missing: Set[int], report: Report) -> None:
+    """Counts the rows of the shards that are there: the limit is for all rows, however often one starts again."""
+    there = {file.name for file in target.path.iterdir()}
+    for shard in sorted(set(range(target.description.shards)) - missing):
+        file = _refusals_path(target, shard)
+        refusals = json.loads(file.read_text()) if file.name in there else []
+        report.read += len(target.description.shard_rows(shard)) - len(refusals)
+        for refusal in refusals:
+            report.add(0, tuple(refusal))
 
 
 def _rows_here(array: jax.Array) -> np.ndarray:
@@ -255,7 +282,7 @@ class _Read:
 
     def __call__(self, index: int) -> _Element:
         """`index`; `rows`, `digests` and, by place, `refusals`; `arrays` `[size, ...]` as in `pipeline.Batches`."""
-        rows = self.stream.rows[self.steps[index].start : self.steps[index].stop].tolist()
+        rows = list(map(int, self.stream.rows[self.steps[index].start : self.steps[index].stop]))
         digests, refusals, samples = [], {}, []
         for slot, row in enumerate(rows):
             mark, arrays = None, self._blank()

@@ -1,6 +1,6 @@
 """The tokenizers of a run, of its text encoder and of its teacher."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from etils import epath
 
@@ -8,7 +8,7 @@ from unialign_jax import lineage
 from unialign_jax.convert import store
 from unialign_jax.data.report import CorpusError
 from unialign_jax.data.samples import Refused
-from unialign_jax.data.sources import SourceConfig, open_source
+from unialign_jax.data.sources import Source, SourceConfig, open_source
 from unialign_jax.data.tokenizer import PlainTokenizer, Tokenizer
 from unialign_jax.networks import Networks
 from unialign_jax.training.run_config import RunConfig
@@ -35,8 +35,9 @@ def make(run: RunConfig, init: str | None) -> Tokenizer:
             f"{run.stage} starts from random parameters, which have no tokenizer: set init, tokenizer.path or "
             "tokenizer.learn_vocab_size"
         )
+    sources = [open_source(source) for source in (*run.data.sources, *map(SourceConfig, run.tokenizer.more_texts))]
     try:
-        return Tokenizer.learn(_texts(run), run.tokenizer.learn_vocab_size)
+        return Tokenizer.learn(_texts(sources), run.tokenizer.learn_vocab_size)
     except CorpusError:  # about the texts, not about the size
         raise
     except ValueError as error:
@@ -78,10 +79,9 @@ def of_teacher(run: RunConfig, networks: Networks, tokenizer: Tokenizer, init: s
     return tokenizer
 
 
-def _texts(run: RunConfig) -> Iterator[str]:
+def _texts(sources: Iterable[Source]) -> Iterator[str]:
     """All texts of the sources, for learning a tokenizer. Rows that can't be used are reported while training."""
-    for source in (*run.data.sources, *map(SourceConfig, run.tokenizer.more_texts)):
-        rows = open_source(source)
+    for rows in sources:
         for index in range(len(rows)):
             try:
                 sample = rows[index]
