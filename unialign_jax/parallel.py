@@ -5,7 +5,7 @@ Mesh axes: `data` (copies of the model, and slices), `fsdp` (batch and parameter
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -247,6 +247,22 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, partition(names, x.shape, mesh))
+
+
+def in_parts(call: Callable[[jax.Array], jax.Array], x: jax.Array, most: int) -> jax.Array:
+    """`call(x)` for a batch `[B, ...]` of independent samples, with no more than `most` on a device at a time.
+
+    One part after the other is worked off; each has samples of every device, so that none moves or waits.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    here = len(x) // devices
+    if len(x) % devices or here <= most:
+        return call(x)
+    parts = next(n for n in range(1, here + 1) if here % n == 0 and here // n <= most)
+    split = jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
+    made = jax.lax.map(lambda part: call(constrain(part, "batch", *(None for _ in part.shape[1:]))), split)
+    return jnp.swapaxes(made, 0, 1).reshape(len(x), *made.shape[2:])
 
 
 def gathered(weight: jax.Array, names: Sequence[str | None]) -> jax.Array:

@@ -12,11 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unialign_jax import parallel
 from unialign_jax.models.attention import attend
 from unialign_jax.models.layers import Dense, matmul_precision
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 QUERIES = 1024  # pixels that attend to all others at a time
+# Image pixels that a device works at: half a million take 2 GiB, mostly feature maps of full resolution.
+PIXELS = 2**19
 CHANNELS = ("channels_in", "channels_out")
 
 
@@ -83,6 +86,14 @@ def unscale(latents: jax.Array, config) -> jax.Array:
 
 
 def _conv(features: int, name: str, dtype: jnp.dtype, *, size: int = 3, stride: int = 1, padding=1, axes=CHANNELS):
+    """A convolution whose kernel travels to the images: XLA by itself sends a device all images for its channels."""
+
+    def convolve(x, kernel, *arguments, **options):
+        whole = parallel.gathered(kernel, (None, None, *axes))
+        return parallel.constrain(
+            jax.lax.conv_general_dilated(x, whole, *arguments, **options), "batch", None, None, None
+        )
+
     return nn.Conv(
         features,
         (size, size),
@@ -92,6 +103,7 @@ def _conv(features: int, name: str, dtype: jnp.dtype, *, size: int = 3, stride: 
         precision=matmul_precision(dtype),
         kernel_init=nn.with_logical_partitioning(nn.initializers.lecun_normal(), (None, None, *axes)),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), axes[1:]),
+        conv_general_dilated=convolve,
         name=name,
     )
 
@@ -330,6 +342,11 @@ def decode_tiled(decode_fn: Callable[[jax.Array], jax.Array], latents: jax.Array
     return jax.lax.scan(paint, canvas, (i, j, tops[i], lefts[j]))[0]
 
 
+def _at_once(height: int, width: int) -> int:
+    """How many images of a size, in pixels, a device works at."""
+    return max(1, PIXELS // max(1, height * width))
+
+
 @dataclasses.dataclass(frozen=True)
 class AutoencoderCodec:
     """The autoencoder as a `pixel_codec.Codec`; latents wider or higher than `tile` go through `decode_tiled`."""
@@ -356,7 +373,10 @@ class AutoencoderCodec:
         return self.module.init(key, image)["params"]
 
     def moments(self, params: dict, images: jax.Array) -> jax.Array:
-        return jnp.concatenate(self.module.apply({"params": params}, images, method="encode"), axis=-1)
+        def encode(images):
+            return jnp.concatenate(self.module.apply({"params": params}, images, method="encode"), axis=-1)
+
+        return parallel.in_parts(encode, images, _at_once(*images.shape[1:3]))
 
     def draw(self, moments: jax.Array, noise: jax.Array | None = None) -> jax.Array:
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
@@ -366,5 +386,9 @@ class AutoencoderCodec:
         return self.draw(self.moments(params, images), noise)
 
     def decode(self, params: dict, latents: jax.Array) -> jax.Array:
-        decode_fn = functools.partial(self.module.apply, {"params": params}, method="decode")
-        return decode_tiled(decode_fn, unscale(latents, self.config), self.tile, self.overlap)
+        def decode(latents):
+            decode_fn = functools.partial(self.module.apply, {"params": params}, method="decode")
+            return decode_tiled(decode_fn, unscale(latents, self.config), self.tile, self.overlap)
+
+        sides = (min(side, self.tile) * self.downsample for side in latents.shape[1:3])
+        return parallel.in_parts(decode, latents, _at_once(*sides))
