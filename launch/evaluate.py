@@ -10,7 +10,7 @@ import dataclasses
 
 from absl import flags
 
-from unialign_jax import cli, compilation_cache
+from unialign_jax import cli
 
 TASKS = ("generate", "edit", "perceive", "compose", "caption", "answer")
 SETS = ("test", "attributes", "relations", "wordings", "train")
@@ -29,7 +29,7 @@ _GUIDANCE = flags.DEFINE_float("guidance", None, "Classifier-free guidance of al
 _AVERAGE = flags.DEFINE_bool("average", True, "Of a run, score the moving average of the parameters.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ("bfloat16", "float32"), "Compute dtype.")
 _BATCH = flags.DEFINE_integer("batch", 64, "Most items worked on at once.", lower_bound=1)
-_CACHE = flags.DEFINE_string("compilation_cache", None, compilation_cache.HELP)
+_open_cache = cli.define_cache()
 flags.mark_flags_as_required(["checkpoint", "output"])
 
 
@@ -53,7 +53,7 @@ def main() -> None:
     changes = {"steps": _STEPS.value, "caption_steps": _STEPS.value, "answer_steps": _STEPS.value}
     changes |= {"generate_guidance": _GUIDANCE.value, "edit_guidance": _GUIDANCE.value}
     protocol = dataclasses.replace(scenes.PROTOCOL, **{k: v for k, v in changes.items() if v is not None})
-    compilation_cache.enable(_CACHE.value)
+    _open_cache()
     pipeline = UniAlignPipeline.from_pretrained(
         _CHECKPOINT.value,
         dtype=_DTYPE.value,

@@ -12,7 +12,7 @@ Of a run on several hosts, every host starts this command, as with launch/train.
 from absl import flags
 from ml_collections import config_flags
 
-from unialign_jax import cli, compilation_cache
+from unialign_jax import cli
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, and after a colon the stage.", lock_config=True)
 _TARGET = flags.DEFINE_string("target", None, "Directory of the caches, local or gs://.")
@@ -21,20 +21,15 @@ _ROWS = flags.DEFINE_integer("rows_per_shard", 2000, "Rows that go into one file
 _BATCH = flags.DEFINE_integer(
     "batch", None, "Rows encoded at once, over all devices; 8 for each part of a batch if not set.", lower_bound=1
 )
-_CACHE = flags.DEFINE_string("compilation_cache", None, compilation_cache.HELP)
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where the processes meet.")
-_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
-_PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
+_start = cli.define_cluster()
 flags.mark_flags_as_required(["config", "target"])
 
 
 def main() -> None:
     # Late: a wrong flag is said without loading JAX.
-    from unialign_jax import distributed
     from unialign_jax.training.precompute import precompute
 
-    distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-    compilation_cache.enable(_CACHE.value)
+    _start()
     precompute(
         _CONFIG.value,
         _TARGET.value,

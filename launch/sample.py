@@ -18,7 +18,7 @@ elsewhere give --coordinator, --num_processes and --process_id.
 
 from absl import flags
 
-from unialign_jax import cli, compilation_cache
+from unialign_jax import cli
 
 TASKS = ("generate", "edit", "perceive", "compose", "caption", "answer")
 
@@ -60,11 +60,8 @@ _STRATEGY = flags.DEFINE_string("strategy", "fsdp", "How the devices split weigh
 _FORMAT = flags.DEFINE_enum("format", "png", ("png", "array_record", "webdataset"), "What images are written as.")
 _SHARD_ROWS = flags.DEFINE_integer("shard_rows", 1024, "Rows of a shard, of formats that have them and of texts.", 1)
 _GRID = flags.DEFINE_integer("grid", 0, "Lay so many of the first images out in grid.png.", 0)
-_CACHE = flags.DEFINE_string("compilation_cache", None, compilation_cache.HELP)
 _PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where the processes meet.")
-_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
-_PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
+_start = cli.define_cluster()
 flags.mark_flags_as_required(["checkpoint", "task", "output"])
 
 
@@ -84,7 +81,7 @@ def _size() -> tuple[int, int] | None:
 
 
 def main() -> None:
-    from unialign_jax import distributed, sampling  # late: a wrong flag is said without loading JAX
+    from unialign_jax import sampling  # late: a wrong flag is said without loading JAX
 
     options = {
         "steps": _STEPS.value,
@@ -116,8 +113,7 @@ def main() -> None:
         average=_AVERAGE.value,
         progress=_PROGRESS.value,
     )
-    distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-    compilation_cache.enable(_CACHE.value)
+    _start()
     result = sampling.sample(job)
     for line in result.shown:
         print(line)

@@ -47,8 +47,10 @@ trap 'cancelled=1' TERM # scancel tells this script too; the signal before the e
 preempted=$PWD/.unialign-$SLURM_JOB_ID.preempted
 rm -f "$preempted"
 # shellcheck disable=SC2016  # expanded by each process's shell
-task='"${@:2}" & child=$!
-trap "told=1; kill -TERM $child 2>/dev/null" TERM
+task='told="" child=""
+trap "told=1; kill -TERM \$child 2>/dev/null" TERM
+"${@:2}" & child=$!
+[[ -z "$told" ]] || kill -TERM "$child" # told before there was a program
 told=1
 while [[ "$told" ]]; do # a signal ends this waiting, not the program
   told=""; wait "$child"; now=$?

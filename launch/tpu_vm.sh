@@ -206,7 +206,8 @@ work() {
       code=0
       wait "$child" || code=$?
     done
-    [[ "$code" != 0 && -z "$stopping" ]] || break
+    # 78: what starting again can't mend, such as a config that is refused or a loss that is not finite.
+    [[ "$code" != 0 && "$code" != 78 && -z "$stopping" ]] || break
     ((left > 0)) || break
     left=$((left - 1))
     echo "$(date '+%F %T') train.py ended with $code; starting again in $pause s, $left restarts left"
@@ -221,6 +222,7 @@ stop() {
   # What doesn't end by itself in ten minutes is left for a person to look at.
   # shellcheck disable=SC2016  # expanded on the workers
   on_all_workers 'cd ~/unialign_jax && [ -e run.pid ] || exit 0
+grep -qs tpu_vm.sh "/proc/$(cat run.pid)/cmdline" || { rm run.pid; exit 0; } # of before a reboot
 kill -TERM "$(cat run.pid)" 2>/dev/null
 for _ in $(seq 600); do kill -0 "$(cat run.pid)" 2>/dev/null || { rm run.pid; exit 0; }; sleep 1; done
 echo "still running after 600 s; see ~/unialign_jax/run.log" >&2; exit 1'
@@ -262,7 +264,7 @@ while [[ $# -gt 0 ]]; do
   shift
 done
 for count in "--slices=$slices" "--restarts=$restarts" "--slice=$slice" "--worker=$worker"; do
-  [[ "${count#*=}" =~ ^[0-9]+$ ]] || fail "$count: expected a whole number"
+  [[ "${count#*=}" =~ ^(0|[1-9][0-9]*)$ ]] || fail "$count: expected a whole number"
 done
 ((slices > 0)) || fail "--slices=0: expected 1 or more"
 

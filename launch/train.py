@@ -17,15 +17,12 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from unialign_jax import cli, compilation_cache
+from unialign_jax import cli
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, and after a colon the stage.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and the tokenizer go, by stage.")
-_CACHE = flags.DEFINE_string("compilation_cache", None, compilation_cache.HELP)
 _PROFILE = flags.DEFINE_string("profile_steps", None, "START:STOP: record these steps for XProf.")
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where the processes meet.")
-_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
-_PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
+_start = cli.define_cluster()
 _PREEMPTED = flags.DEFINE_integer(
     "preempted_exit_code", 0, "Exit code after a SIGTERM, once the step is saved, if it was not the last.", 0, 255
 )
@@ -34,13 +31,11 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main() -> None:
     # Late: a wrong flag is said without loading JAX.
-    from unialign_jax import distributed
     from unialign_jax.training import stages
     from unialign_jax.training.profiling import parse_steps
 
     profile_steps = parse_steps(_PROFILE.value)
-    distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-    compilation_cache.enable(_CACHE.value)
+    _start()
     if not stages.train(_CONFIG.value, _WORKDIR.value, profile_steps=profile_steps):
         sys.exit(_PREEMPTED.value)
 

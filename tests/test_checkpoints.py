@@ -219,14 +219,15 @@ def test_another_architecture_is_refused_by_leaf(tmp_path, wanted, message):
             checkpoints.restore(abstract(wanted))
 
 
-def test_a_step_may_be_refused_by_its_meta_before_its_arrays_are_read(tmp_path):
-    def accept(meta):
-        raise ValueError(f"not stage {meta['stage']}")
-
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, make_state(1), None, {"stage": "pretrain"})
-        with pytest.raises(ValueError, match="not stage pretrain"):
-            checkpoints.restore(abstract(make_state(width=9)), accept=accept)
+def test_of_two_runs_in_one_directory_the_first_ends(tmp_path):
+    """Nothing is locked: a run that was killed leaves nothing that would keep the next one out."""
+    with Checkpoints(tmp_path / "steps") as first:
+        first.save(1, make_state(1), None, {}, wait=True)
+        with Checkpoints(tmp_path / "steps") as second:
+            with pytest.raises(CheckpointError, match="steps: another run has begun to save here"):
+                first.save(2, make_state(2), None, {})
+            second.save(2, make_state(2), None, {})
+        assert first.all_steps() == [1, 2]
 
 
 def _damage(path, how):

@@ -76,27 +76,23 @@ with Checkpoints(directory, max_to_keep=9) as checkpoints:
 RESUME = """
 wanted = abstract(make_state(0, seed=0))
 class Damaged(Checkpoints):
+    error = DamagedCheckpoint("40 is damaged here")
+
     def _saved(self, step):
         saved = super()._saved(step)
-        if index == 1 and step >= 40:
-            def damaged():
-                raise DamagedCheckpoint(f"{step} is damaged here")
-            saved.data_state = damaged
+        if index == 1 and step >= 30 and not (step == 30 and isinstance(self.error, DamagedCheckpoint)):
+            def fail():
+                raise self.error
+            saved.data_state = fail
         return saved
-
-def accept(meta):
-    if index == 1:
-        raise CheckpointError(f"process 1 does not want {meta['stage']}")
-
-def unknown(meta):
-    if index == 1:
-        raise LookupError("unknown")
 
 with Damaged(directory, max_to_keep=9) as checkpoints:
     seen["steps"] = checkpoints.all_steps()
     seen["damaged"] = refusal(lambda: checkpoints.restore(wanted))
-    seen["refused"] = refusal(lambda: checkpoints.restore(wanted, 30, accept=accept))
-    seen["unknown"] = refusal(lambda: checkpoints.restore(wanted, 30, accept=unknown))
+    checkpoints.error = CheckpointError("process 1 does not want it")
+    seen["refused"] = refusal(lambda: checkpoints.restore(wanted, 30))
+    checkpoints.error = LookupError("unknown")
+    seen["unknown"] = refusal(lambda: checkpoints.restore(wanted, 30))
     state, data_state, meta = checkpoints.restore(wanted, 20)
     seen["same"] = same(state, make_state(20, seed=20)) and (data_state, meta) == ({"drawn": 20}, {"stage": "s"})
     seen["aside"] = checkpoints.set_aside_after(20)
@@ -209,7 +205,7 @@ def test_what_one_process_finds_wrong_all_refuse_alike(history):
     assert {**first, "unknown": None} == {**second, "unknown": None}
     assert first["damaged"][0] == "DamagedCheckpoint"
     assert "40 is damaged here. The newest good step before it is 30" in first["damaged"][1]
-    assert first["refused"] == ["CheckpointError", "process 1 does not want s"]
+    assert first["refused"] == ["CheckpointError", "process 1 does not want it"]
     assert first["missing"][0] == "FileNotFoundError"
     assert first["blind"][0] == "FileNotFoundError" and "no such checkpoint directory on process 1" in first["blind"][1]
 

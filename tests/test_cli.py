@@ -18,8 +18,8 @@ def run(*arguments, program=ROOT / "launch" / "train.py", cwd=ROOT):
     )
 
 
-def assert_refused(result, *parts):
-    assert result.returncode == 1
+def assert_refused(result, *parts, code=1):
+    assert result.returncode == code
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert result.stderr.startswith("error: ")
     for part in parts:
@@ -60,7 +60,7 @@ def test_data_that_is_not_there(tmp_path):
 def test_a_file_config_with_a_wrong_key(tmp_path):
     text = (ROOT / "configs" / "photos_tiny.py").read_text()
     (tmp_path / "mine.py").write_text(text.replace("config.steps =", "config.setps ="))
-    assert_refused(run(f"--config={tmp_path}/mine.py", f"--workdir={tmp_path}"), "setps: unknown key")
+    assert_refused(run(f"--config={tmp_path}/mine.py", f"--workdir={tmp_path}"), "setps: unknown key", code=78)
 
 
 def test_help_explains_the_flags():
@@ -84,6 +84,9 @@ def test_defects_keep_their_traceback_and_expected_errors_do_not(program):
     ours = program("raise ValueError('the config is\\nwrong')")
     assert_refused(run(program=ours), "error: the config is wrong")
     assert "Traceback" in run("--traceback", program=ours).stderr
+    final = "from unialign_jax.training.metrics import NonFiniteLoss\nraise NonFiniteLoss('step 5: loss=nan')"
+    never = run(program=program(final))
+    assert never.returncode == 78 and never.stderr.splitlines()[-1] == "error: step 5: loss=nan"
     # As from a worker process: raised by a library's code, but of our class.
     raising = "exec('raise CorpusError(chr(120))', {'CorpusError': CorpusError, '__name__': 'library'})"
     handed_on = program(f"from unialign_jax.data.report import CorpusError\n{raising}")

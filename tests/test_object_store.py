@@ -226,7 +226,23 @@ def test_an_outage_while_logging_loses_nothing(bucket, monkeypatch, caplog):
     writer.write_scalars(2, {"loss": 0.25})
     writer.flush()
     assert losses(epath.Path(bucket) / "log") == {1: 0.5, 2: 0.25}
+    written = []
+
+    def noting(self, path, *arguments, **options):
+        written.append(path)
+        return real(self, path, *arguments, **options)
+
+    monkeypatch.setattr(Objects, "open", noting)
+    writer.flush()
+    assert not written  # nothing is new
+    monkeypatch.setattr(writers, "_LARGE", 1)
+    for step in range(3, 6):  # each flush fills a file, and the next one begins
+        writer.write_scalars(step, {"loss": step})
+        writer.flush()
+    assert len(set(written)) == len(written) == 3
     writer.close()
+    expected = [(1, 0.5), (2, 0.25), (3, 3), (4, 4), (5, 5)]
+    assert writers.read_scalars(epath.Path(bucket) / "log") == {"loss": expected}
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -15,6 +15,7 @@ All processes of a run call each method together. What one of them finds wrong, 
 """
 
 import json
+import uuid
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -73,6 +74,7 @@ class Checkpoints:
     ):
         self.directory = storage.absolute(directory)
         self._manager = None
+        self._claim, self._token = self.directory.parent / f"{self.directory.name}.claim", uuid.uuid4().hex
         if not read_only:
             agreement.primary(self._prepare, *_SHARED)
         # In an object store an empty directory is nothing that could be seen.
@@ -118,13 +120,14 @@ class Checkpoints:
           wait: return only when the step is on disk.
 
         Raises:
-          CheckpointError: this step or a newer one exists already, `state` is at another step, or the processes do not
-            agree on what to save.
+          CheckpointError: this step or a newer one exists already, `state` is at another step, the processes do not
+            agree on what to save, or another run saves here too.
           TypeError: `data_state` or `meta` is not JSON-serialisable.
         """
         if self._manager is None:
             raise CheckpointError(f"{self.directory} was opened to be read only")
         newest = self.latest_step()
+        agreement.primary(self._check_claim, *_SHARED)
         if newest is not None and step <= newest:
             raise CheckpointError(
                 f"{self.directory} already has step {newest}, so step {step} would not be saved. "
@@ -159,16 +162,13 @@ class Checkpoints:
         self.wait()
         self._close()
 
-    def restore(
-        self, abstract_state: Any, step: int | None = None, *, accept: Callable[[dict[str, Any]], None] | None = None
-    ) -> tuple[Any, Any, dict[str, Any]]:
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, Any, dict[str, Any]]:
         """Reads a whole step, bit for bit, straight onto the devices that `abstract_state` names.
 
         Args:
           abstract_state: the state's structure with arrays or `jax.ShapeDtypeStruct`s as leaves; a leaf without
             sharding goes to the first local device. Need not be sharded as the saved state was.
           step: None means the newest.
-          accept: called with the step's meta before any array is read; refuses the step by raising.
 
         Returns:
           `(state, data_state, meta)`.
@@ -180,7 +180,7 @@ class Checkpoints:
         """
         step = self._existing(step)
         try:
-            return self._read(abstract_state, step, accept)
+            return self._read(abstract_state, step)
         except DamagedCheckpoint as damage:
             raise self._advised(damage, step, lambda older: self._read(abstract_state, older)) from damage
 
@@ -250,13 +250,25 @@ class Checkpoints:
             (self.directory / str(number)).rename(aside / (f"{number}.{taken}" if taken else str(number)))
 
     def _prepare(self) -> None:
-        """Makes the directory, and removes what processes killed while saving left behind; nothing else ever does.
+        """Makes and claims the directory, and removes what processes killed while saving left; nothing else ever does.
 
         Orbax's own option does it in a thread that close() does not wait for.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
+        storage.write_whole(self._claim, self._token.encode())
         for leftover in ocp.utils.tmp_checkpoints(self.directory):
             leftover.get().rmtree()
+
+    def _check_claim(self) -> None:
+        """Refuses to go on beside another run: the newest has the directory, and may have removed our unfinished step.
+
+        Nothing is locked, so that nothing stays locked after a kill.
+        """
+        if self._claim.read_text() != self._token:
+            raise CheckpointError(
+                f"{self.directory}: another run has begun to save here since this one did, so this one ends; use one "
+                "--workdir for each"
+            )
 
     def _check_visible(self) -> None:
         if not self.directory.is_dir():
@@ -264,8 +276,12 @@ class Checkpoints:
             raise FileNotFoundError(f"{self.directory}: no such checkpoint directory{here}")
 
     def _wait(self) -> None:
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception:
+            self._check_claim()  # if it is another run's doing, this says so
+            raise
 
     def _close(self) -> None:
         if self._manager is not None:
@@ -282,10 +298,8 @@ class Checkpoints:
     def _saved(self, step: int) -> SavedStep:
         return SavedStep(self.directory / str(step))
 
-    def _read(self, abstract_state: Any, step: int, accept: Callable | None = None) -> tuple[Any, Any, dict[str, Any]]:
-        state, data_state, meta, sums = agreement.everywhere(
-            lambda: self._read_files(abstract_state, step, accept), *_SHARED
-        )
+    def _read(self, abstract_state: Any, step: int) -> tuple[Any, Any, dict[str, Any]]:
+        state, data_state, meta, sums = agreement.everywhere(lambda: self._read_files(abstract_state, step), *_SHARED)
         # From here on the processes compute together, and so see the same.
         if int(state.step) != step:
             raise self._saved(step).damaged(f"it holds the state of step {int(state.step)}")
@@ -293,11 +307,9 @@ class Checkpoints:
             self._check_sums(step, part, getattr(state, part), sums)
         return state, data_state, meta
 
-    def _read_files(self, abstract_state: Any, step: int, accept: Callable | None) -> tuple[Any, Any, Any, Any]:
+    def _read_files(self, abstract_state: Any, step: int) -> tuple[Any, Any, Any, Any]:
         saved = self._saved(step)
         meta, sums = saved.meta()
-        if accept is not None:
-            accept(meta)
         data_state = saved.data_state()
         return saved.state(abstract_state), data_state, meta, sums
 

@@ -8,7 +8,13 @@ from collections.abc import Callable
 from absl import app, flags
 from absl import logging as absl_logging
 
+from unialign_jax import compilation_cache
+
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code an error arose, not only what it says.")
+flags.disclaim_key_flags()  # those defined below, for a program, are its own in its --help
+# After an error that starting the same command again can't mend: its class has an attribute `final`. The launchers of
+# pods, which restart what fails, leave it at that.
+FINAL_EXIT_CODE = 78
 
 
 def run(main: Callable[[], None]) -> None:
@@ -30,17 +36,40 @@ def run(main: Callable[[], None]) -> None:
         except (ValueError, OSError) as error:
             if _TRACEBACK.value or not (isinstance(error, OSError) or _raised_by_us(error)):
                 raise
-            _exit(_message(error))
+            _exit(_message(error), FINAL_EXIT_CODE if getattr(error, "final", False) else 1)
         except RuntimeError as error:  # JAX's own class of them, which is not loaded for its name alone
             if _TRACEBACK.value or "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             _exit(
-                f"the device's memory is full: {str(error).splitlines()[0]} Take a smaller batch (--batch; in training "
-                "--config.data.global_batch, or more --config.micro_batches and --config.remat=full), smaller images, "
-                "or more devices"
+                f"the device's memory is full: {str(error).splitlines()[0]} Take a smaller batch (--batch), smaller "
+                "images or more devices; in training more --config.micro_batches or --config.remat=full, which a run "
+                "that goes on takes with --config.allow_changed=micro_batches,remat, or, if it was for the grid of "
+                "samples, --config.log.samples_every=0"
             )
 
     app.run(guarded, flags_parser=_parse)
+
+
+def define_cluster() -> Callable[[], None]:
+    """The flags of programs that run on many hosts; the result connects the processes and opens the compile cache."""
+    coordinator = flags.DEFINE_string("coordinator", None, "host:port of process 0, where the processes meet.")
+    count = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
+    number = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
+    open_cache = define_cache()
+
+    def start() -> None:
+        from unialign_jax import distributed  # late: it loads JAX
+
+        distributed.initialize(coordinator.value, count.value, number.value)
+        open_cache()
+
+    return start
+
+
+def define_cache() -> Callable[[], None]:
+    """The flag of programs that compile; the result opens the compilation cache."""
+    directory = flags.DEFINE_string("compilation_cache", None, compilation_cache.HELP)
+    return lambda: compilation_cache.enable(directory.value)
 
 
 def define_pairs(name: str, about: str) -> Callable[[], dict[str, str]]:
@@ -98,8 +127,8 @@ def _raised_by_us(error: BaseException) -> bool:
     return module == "__main__" or module.split(".")[0] == __package__
 
 
-def _exit(message: str) -> None:
+def _exit(message: str, code: int = 1) -> None:
     # Orbax reads concurrently; after the first failure asyncio remarks on the tasks that were dropped.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(1)
+    sys.exit(code)

@@ -135,6 +135,7 @@ def test_run_has_every_worker_run_a_program_with_the_generations_flags():
         (["create", *TPU, "--type=tpu7x-64"], "launch/gke.yaml"),
         (["create", *TPU, "--type=v6e-16", "--spot", "--reserved"], "exclude each other"),
         (["create", *TPU, "--type=v6e-16", "--slices=two"], "--slices=two: expected a whole number"),
+        (["create", *TPU, "--type=v6e-16", "--slices=08"], "--slices=08: expected a whole number"),
         (["create", *TPU, "--type=v6e-16", "--slices=0"], "--slices=0"),
         (["create", *TPU, "--typo=v6e-16"], "unknown option --typo=v6e-16"),
         (["start", *TPU, "--type=v6e-16"], "start needs train.py's arguments"),
@@ -204,6 +205,12 @@ def test_a_worker_gives_up_after_its_restarts(checkout):
     (checkout / "train.sh").write_text("exit 7")
     result = bash("tpu_vm.sh", *WORK, cwd=checkout, UNIALIGN_RESTART_SECONDS="0")
     assert result.returncode == 7 and len(calls(checkout)) == 4
+
+
+def test_a_worker_does_not_start_again_what_that_can_not_mend(checkout):
+    (checkout / "train.sh").write_text("exit 78")
+    result = bash("tpu_vm.sh", *WORK, cwd=checkout, UNIALIGN_RESTART_SECONDS="0")
+    assert result.returncode == 78 and len(calls(checkout)) == 1
 
 
 def test_a_worker_that_is_stopped_lets_the_program_save_and_does_not_start_again(checkout):

@@ -166,6 +166,48 @@ def test_a_resumed_run_equals_the_uninterrupted_one(finished, corpus, tmp_path):
     assert files["again"][6, "loss"].simple_value == pytest.approx(files["first"][6, "loss"].simple_value, rel=1e-6)
 
 
+def test_going_back_to_the_same_step_again_is_no_silent_matter(finished, corpus, tmp_path, capsys):
+    shutil.copytree(finished[0], tmp_path / "run")
+    config = make_config(corpus, resume_step=4, allow_changed=("log",))
+    loop.train(config, tmp_path / "run")
+    assert "was gone back to before" not in capsys.readouterr().out
+    loop.train(config, tmp_path / "run")
+    assert "resume_step=4 was gone back to before; this goes on from step 6" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("failing", "saved"), [(0, []), (2, [2])])
+def test_a_grid_that_fails_costs_no_step(corpus, tmp_path, monkeypatch, failing, saved):
+    """The first comes before all steps, so that one need not wait for its failure; the others after the save."""
+    drawn = []
+
+    def grid(*arguments):
+        drawn.append(arguments)
+        if len(drawn) == 1 + failing // 2:
+            raise MemoryError("no room")
+        return np.zeros((8, 8, 3), np.uint8), "a table"
+
+    monkeypatch.setattr(loop, "sample_grid", grid)
+    with pytest.raises(MemoryError, match="no room"):
+        loop.train(make_config(corpus, **{"log.samples_every": 2}), tmp_path)
+    with Checkpoints(tmp_path / "photos" / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.all_steps() == saved
+
+
+def test_what_a_run_started_from_may_have_moved(corpus, tmp_path):
+    def config(init, **changes):
+        return make_config(corpus, init=str(tmp_path / init), **changes)
+
+    loop.train(make_config(corpus, stage="source", steps=1), tmp_path)
+    loop.train(config("source", steps=2), tmp_path / "run")
+    (tmp_path / "source").rename(tmp_path / "moved")
+    moved = config("moved", steps=4, allow_changed=("init", "steps"))
+    with pytest.raises(ConfigChanged, match="init was"):
+        loop.train(config("moved", steps=2), tmp_path / "run")
+    assert int(loop.train(moved, tmp_path / "run").step) == 4
+    with Checkpoints(tmp_path / "run" / "photos" / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.meta()["init"] == str(tmp_path / "moved" / "checkpoints" / "1")
+
+
 def test_one_unusable_image_in_a_hundred_ends_no_run_and_wide_images_have_a_bucket(tmp_path, capsys):
     scenes.write_corpus(tmp_path / "corpus", count=100, size=16, chosen=["generate", "edit"])
     images = tmp_path / "corpus" / "images"
@@ -242,10 +284,14 @@ def test_a_finished_run_has_nothing_to_do(finished, corpus, tmp_path, capsys):
             ValueError,
             r"blocks.*\[2, .*expected .*\[3, ",
         ),
-        ({"seed": 5, "allow_changed": ("log", "seed", "data")}, ValueError, "data state was saved with seed"),
+        ({"seed": 5, "allow_changed": ("log", "seed")}, ConfigChanged, "seed was 0, is 5. seed can't change in a run"),
         ({"resume_step": 3}, FileNotFoundError, "no step 3; there are 2, 4, 6"),
-        ({"model.transformer.mask_token_id": 5}, ValueError, "mask_token_id is 5, but the tokenizer masks with id 63"),
-        ({"model.transformer.vocab_size": 70}, ValueError, "vocab_size"),
+        (
+            {"model.transformer.mask_token_id": 5, "allow_changed": ("log", "model")},
+            ValueError,
+            "mask_token_id is 5, but the tokenizer masks with id 63",
+        ),
+        ({"model.transformer.vocab_size": 70, "allow_changed": ("log", "model")}, ValueError, "vocab_size 70"),
     ],
 )
 def test_a_resume_that_would_not_continue_the_run_is_refused(finished, corpus, tmp_path, changes, error, message):

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from unialign_jax import storage
 from unialign_jax.data.caches import Cache, Caches
 from unialign_jax.data.tokenizer import PlainTokenizer, Tokenizer
 from unialign_jax.networks import Networks, Params
@@ -42,7 +43,7 @@ def caches_of(
         },
     }
     settings = {part: every[part]() | {"dtype": run.dtype} for part in run.cached}
-    return Caches(run.cache_directory, run.source_names, settings)
+    return Caches(str(storage.absolute(run.cache_directory)), run.source_names, settings)
 
 
 def _fields(network: str, config: Any) -> dict[str, Any]:

@@ -82,6 +82,7 @@ def train(
                 directory / "checkpoints", max_to_keep=run.checkpoint.keep, keep_period=run.checkpoint.keep_period
             )
         )
+        saved_as = saved_config.as_json(config)
         latest = checkpoints.latest_step()
         resume_step = latest if goes_on_from_latest(run, checkpoints, latest) else run.resume_step
         # Exactly where it started, however far that run has gone on: what is not trained comes from there each time.
@@ -92,8 +93,23 @@ def train(
             init = str(lineage.locate(start)) if start else None
         else:
             saved = checkpoints.meta(resume_step)
-            lineage.check_start(saved, directory)
-            init = lineage.start_of(saved, directory)
+            changed = _check_config(saved["config"], saved_as, run)
+            if resume_step != run.resume_step is not None:
+                say(
+                    f"resume_step={run.resume_step} was gone back to before; this goes on from step {latest}, saved "
+                    f"since. To go back again, move the later steps out of {checkpoints.directory}"
+                )
+            if "init" in changed and run.init is not None:
+                init = str(lineage.locate(run.init))
+            else:
+                lineage.check_start(saved, directory)
+                init = lineage.start_of(saved, directory)
+                if init is not None and not epath.Path(init).exists():
+                    logging.warning(
+                        "%s, from which this run started, is gone: if it is needed, set init to where it is now, with "
+                        "allow_changed=init",
+                        init,
+                    )
 
         # Text becomes ids. The tokenizer is part of the run: samplers of its checkpoints read it from the directory.
         tokenizer = _make_tokenizer(run, init, directory / "tokenizer", resuming=resume_step is not None)
@@ -116,7 +132,6 @@ def train(
         # The state: restored where there is one, else new. What is not trained is made anew or read again each time.
         # Either way every device makes or reads its own part.
         init_key, step_key = program.make_keys()
-        saved_as = saved_config.as_json(config)
         start_from = functools.partial(
             pretrained.initial_params, networks, init_key, source=init, average=run.init_average
         )
@@ -136,9 +151,7 @@ def train(
 
             state = jax.jit(create, out_shardings=shardings)(params, init_key)
         else:
-            state, data_state, _ = checkpoints.restore(
-                program.state, resume_step, accept=lambda meta: _accept(meta, saved_as, run)
-            )
+            state, data_state, _ = checkpoints.restore(program.state, resume_step)
             batches.set_state(data_state)
             if newer := checkpoints.set_aside_after(resume_step):
                 logging.warning("steps %s were moved to %s-set-aside", newer, checkpoints.directory)
@@ -163,11 +176,24 @@ def train(
         if init is not None:
             say(f"{'started' if start else 'starts'} from {init}")
 
+        def draw(step: int, state: TrainState) -> None:
+            """Writes the grid of samples and their captions."""
+            with jax.set_mesh(program.mesh):
+                params = run.tuning.merge(frozen | codec, state.params if state.ema is None else state.ema)
+                images, text = sample_grid(networks, params, tokenizer, held_batch, run.log, run.protocol)
+            writer.write_images(step, {"samples": images})
+            writer.write_texts(step, {"captions": text})
+
+        if held_batch is not None and not start:
+            draw(0, state)  # if there is no room for it beside the state, one learns it now
+
         # The loop. The host never waits for the step it has just queued, only for one some steps before.
         compiled: dict[tuple[Batch, float, float], Any] = {}
         window, watch = DelayedMetrics(by_source=len(run.source_names) > 1), Stopwatch()
         profiler = StepProfiler(profile_steps if speaks else None, directory)
-        stack.callback(profiler.close)
+        stack.callback(lambda: (place := profiler.close()) and say(f"profile of the steps until the end: {place}"))
+        if profile_steps is not None and not start < profile_steps[0] <= run.steps:
+            say(f"no profile: --profile_steps begins at {profile_steps[0]}, steps are {start + 1} to {run.steps}")
         stopping, flushed = False, time.monotonic()
         while step < run.steps and not stopping:
             step += 1
@@ -204,14 +230,6 @@ def train(
                     rates = watch.lap(work)
                     writer.write_scalars(step, losses | rates)
                     say(progress_line(step, run.steps, rates, losses))
-            if held_batch is not None and (last or step % run.log.samples_every == 0) and not stopping:
-                window.drain()
-                with watch.paused(), jax.set_mesh(program.mesh):
-                    params = run.tuning.merge(frozen | codec, state.params if state.ema is None else state.ema)
-                    images, text = sample_grid(networks, params, tokenizer, held_batch, run.log, run.protocol)
-                    writer.write_images(step, {"samples": images})
-                    writer.write_texts(step, {"captions": text})
-                    del params  # with adapters, merged kernels that no step needs
             if saving or time.monotonic() - flushed > _FLUSHING:
                 with watch.paused():
                     writer.flush()  # a resumed run does not write again what lies before the step it resumes at
@@ -219,6 +237,10 @@ def train(
             if saving:
                 with watch.paused():
                     checkpoints.save(step, state, merge_states(agreement.gather(batches.get_state())), meta)
+            if held_batch is not None and (last or step % run.log.samples_every == 0) and not stopping:
+                window.drain()
+                with watch.paused():
+                    draw(step, state)
 
         batches.set_state(merge_states(agreement.gather(batches.get_state())))  # with the reports of all processes
         for report in batches.reports:
@@ -279,7 +301,9 @@ def _first_batch(run: RunConfig, tokenizer: Tokenizer, sources: Sequence[Source]
         return next(batches)
 
 
-def _accept(meta: dict[str, Any], current: dict[str, Any], run: RunConfig) -> None:
-    changed = saved_config.check_unchanged(meta["config"], current, run.allow_changed)
+def _check_config(saved: dict[str, Any], current: dict[str, Any], run: RunConfig) -> dict[str, tuple]:
+    """What has changed since, as allowed; raises `ConfigChanged` where it is not."""
+    changed = saved_config.check_unchanged(saved, current, run.allow_changed)
     for key, (old, new) in changed.items():
         logging.warning("config key %s was %r and is now %r, as allowed", key, old, new)
+    return changed

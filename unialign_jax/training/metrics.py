@@ -13,6 +13,8 @@ import jax
 class NonFiniteLoss(ValueError):
     """A loss term or the gradient norm became infinite or NaN."""
 
+    final = True  # see `cli.run`
+
 
 class Work(NamedTuple):
     """What finished steps amount to: their number, the images they trained on, the model FLOPs they needed."""

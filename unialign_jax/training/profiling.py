@@ -45,11 +45,12 @@ class StepProfiler:
         jax.profiler.stop_trace()
         return self._keep()
 
-    def close(self) -> None:
-        """Keeps what was recorded by a run that ends before the last step."""
-        if self._recording is not None:
-            jax.profiler.stop_trace()
-            self._keep()
+    def close(self) -> epath.Path | None:
+        """Keeps what was recorded by a run that ends before the last step; returns where, if there is something."""
+        if self._recording is None:
+            return None
+        jax.profiler.stop_trace()
+        return self._keep()
 
     def _keep(self) -> epath.Path:
         recorded, self._recording = epath.Path(self._recording), None

@@ -1,6 +1,7 @@
 """What one training stage is, typed: the dataclasses that a config file's `ConfigDict` must fit, key by key."""
 
 import dataclasses
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from etils import epath
 from unialign_jax import storage
 from unialign_jax.data.config import DataConfig
 from unialign_jax.data.sources import SourceConfig
+from unialign_jax.diffusion.flow_matching import NUM_TRAIN_TIMES
 from unialign_jax.inference.presets import PROTOCOLS
 from unialign_jax.objectives import Objective
 from unialign_jax.state import OptimizerConfig
@@ -24,6 +26,8 @@ _OBJECTIVE_FROM_ELSEWHERE = ("mask_token_id", "end_token_id", "image_pass", "tex
 
 class ConfigError(ValueError):
     """A config with an unknown or missing key, or a value of the wrong type. The message names the key."""
+
+    final = True  # see `cli.run`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +73,10 @@ class LogConfig:
             raise ValueError(
                 f"every is {self.every}, expected 1 or more; samples_every {self.samples_every}, 0 or more"
             )
-        if self.sample_count < 1 or self.sample_steps < 1:
+        if self.sample_count < 1 or not 1 <= self.sample_steps <= NUM_TRAIN_TIMES or not self.guidance >= 0:
             raise ValueError(
-                f"sample_count is {self.sample_count} and sample_steps {self.sample_steps}, expected 1 or more of each"
+                f"sample_count is {self.sample_count}, expected 1 or more; sample_steps {self.sample_steps}, 1 to "
+                f"{NUM_TRAIN_TIMES}; guidance {self.guidance}, 0 or more"
             )
 
 
@@ -92,6 +97,8 @@ class CheckpointConfig:
     def __post_init__(self):
         if self.every < 1 or self.keep < 1:
             raise ValueError(f"every is {self.every} and keep is {self.keep}, expected 1 or more of each")
+        if self.keep_period is not None and self.keep_period < 1:
+            raise ValueError(f"keep_period is {self.keep_period}, expected 1 or more, or None for none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +224,7 @@ def _below_root(fields: dict[str, Any]) -> dict[str, Any]:
 
     def below(path: Any) -> Any:
         joins = root and isinstance(path, str) and not storage.is_remote(path)
-        return str(epath.Path(root) / path) if joins else path
+        return str(epath.Path(os.path.expanduser(root)) / path) if joins else path
 
     sources = fields["data"]["sources"]
     for source in sources.values():

@@ -7,11 +7,15 @@ from typing import Any
 
 # They say how to resume, not what is being trained.
 _ABOUT_RESUMING = ("allow_changed", "resume_step")
+# Which samples come next follows from these: the state of the data is of no other run.
+_FOR_GOOD = ("seed", "data.global_batch")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 class ConfigChanged(ValueError):
     """The config of a resumed run differs from the one it was started with."""
+
+    final = True  # see `cli.run`
 
 
 def as_json(config: Any) -> dict[str, Any]:
@@ -60,8 +64,14 @@ def check_unchanged(saved: Mapping[str, Any], current: Mapping[str, Any], allowe
 
     found = {key: pair for key, pair in differences(saved, current).items() if key not in _ABOUT_RESUMING}
     refused = {key: pair for key, pair in found.items() if not is_permitted(key)}
+    shown = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in (refused or found).items())
+    if never := [key for key in _FOR_GOOD if key in found]:
+        raise ConfigChanged(
+            f"the config differs from the one this run was saved with: {shown}. {' and '.join(never)} can't change in "
+            "a run, for the order of its samples follows from it: restore the value, or use another --workdir, with "
+            "init set to this run to go on from its parameters"
+        )
     if refused:
-        shown = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in refused.items())
         raise ConfigChanged(
             f"the config differs from the one this run was saved with: {shown}. Restore these values, use another "
             f"--workdir, or allow the change with --config.allow_changed={','.join(refused)} "

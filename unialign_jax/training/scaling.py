@@ -82,7 +82,7 @@ CASES = (
     Case("v5p:2x2x4", 16, 16, "dots+attention"),
     Case("v6e:4x4", 16, 16, "attention"),
     *_cases((4, 10, 8, 20, 4), _REMATS, source="edit"),
-    *_cases((3, 6, 6, 12, 3), _REMATS, stage="personalize", source="compose"),
+    *_cases((3, 10, 6, 12, 3), _REMATS, stage="personalize", source="compose"),
     *_cases((2, 4, 4, 8, 2), _REMATS, side=1024),
     *_cases((8, 16, 8, 32, 8), _REMATS, program="sample"),
 )

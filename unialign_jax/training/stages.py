@@ -19,6 +19,8 @@ from unialign_jax.training.run_config import ConfigError, RunConfig
 class StageNotFinished(ValueError):
     """The stage that another one starts from has not been trained, or not to its end."""
 
+    final = True  # see `cli.run`
+
 
 def train(
     config: ml_collections.ConfigDict, workdir: epath.PathLike, *, profile_steps: tuple[int, int] | None = None
@@ -57,17 +59,17 @@ def _train_all(
 ) -> bool:
     """`train` of a config with several stages. One watch for all: a signal between two must not be lost."""
     runs = {name: run_config.read(stage, f"stages.{name}") for name, stage in config.stages.items()}
-    before = None
+    trained = False
     for name in in_order(runs):
         stage, run = config.stages[name], runs[name]
         if _is_finished(stage, run, workdir):
             continue
-        if before is not None and preemption.reached():
+        if trained and preemption.reached():
             return False
-        before = loop.train(
-            stage, workdir, start=_start(run, workdir), profile_steps=profile_steps, preemption=preemption
-        )
-        if int(before.step) < run.steps:
+        start = _start(run, workdir)
+        # Its state is let go: the next stage reads what it needs, and has the memory.
+        trained = loop.train(stage, workdir, start=start, profile_steps=profile_steps, preemption=preemption).step
+        if int(trained) < run.steps:
             return False
     return True
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from etils import epath
 
-from unialign_jax import lineage
+from unialign_jax import lineage, storage
 from unialign_jax.convert import store
 from unialign_jax.data.report import CorpusError
 from unialign_jax.data.samples import Refused
@@ -27,7 +27,7 @@ def make(run: RunConfig, init: str | None) -> Tokenizer:
       ValueError: nothing says which; see also `Tokenizer.load` and `Tokenizer.learn`.
     """
     if run.tokenizer.path is not None:
-        return Tokenizer.load(run.tokenizer.path)
+        return Tokenizer.load(storage.absolute(run.tokenizer.path))
     if init is not None:
         return Tokenizer.load(lineage.tokenizer_directory(epath.Path(init)))
     if run.tokenizer.learn_vocab_size is None:
@@ -65,7 +65,7 @@ def of_teacher(run: RunConfig, networks: Networks, tokenizer: Tokenizer, init: s
     if networks.teacher is None:
         return None
     if run.teacher_tokenizer:
-        return PlainTokenizer.load(run.teacher_tokenizer)
+        return PlainTokenizer.load(storage.absolute(run.teacher_tokenizer))
     start = lineage.converted_start(epath.Path(init) if init else None)
     if start is not None and (start / store.TEACHER_TOKENIZER).is_dir():
         return PlainTokenizer.load(start / store.TEACHER_TOKENIZER)

@@ -19,23 +19,35 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 _SUMMARY_MODULE = "clu.metric_writers.summary_writer"
+_LARGE = 4 << 20  # bytes that are not to be sent again with every point
 
 
 class _RemoteFile:
-    """A file in an object store, which has no appending: it is written anew, as a whole, at each flush."""
+    """A file in an object store, which has no appending: it is written anew, as a whole, when a flush finds more in it.
+
+    Once it is large, another goes on where it ends, whose name comes next; readers of event files take both.
+    """
 
     def __init__(self, path: str):
-        self._path, self._content, self._closed = epath.Path(path), io.BytesIO(), False
+        self._first, self._part, self._closed = path, 0, False
+        self._content, self._written = io.BytesIO(), 0
 
     def write(self, data: bytes) -> None:
         self._content.write(data)
 
     def flush(self) -> None:
+        if self._content.tell() == self._written:
+            return
+        path = f"{self._first}.{self._part:04d}"
         # An outage, whatever the client raises, must not end the run. Nothing is lost yet: the next flush writes all.
         try:
-            self._path.write_bytes(self._content.getvalue())
+            epath.Path(path).write_bytes(self._content.getvalue())
         except Exception as error:
-            logging.warning("%s could not be written, will try again: %s", self._path, error)
+            logging.warning("%s could not be written, will try again: %s", path, error)
+            return
+        self._written = self._content.tell()
+        if self._written > _LARGE:
+            self._part, self._content, self._written = self._part + 1, io.BytesIO(), 0
 
     def close(self) -> None:
         if not self._closed:
