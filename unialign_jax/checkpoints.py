@@ -264,7 +264,7 @@ class Checkpoints:
 
         Nothing is locked, so that nothing stays locked after a kill.
         """
-        if self._claim.read_text() != self._token:
+        if self._claim.exists() and self._claim.read_text() != self._token:
             raise CheckpointError(
                 f"{self.directory}: another run has begun to save here since this one did, so this one ends; use one "
                 "--workdir for each"
