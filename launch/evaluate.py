@@ -28,6 +28,7 @@ _STEPS = flags.DEFINE_integer("steps", None, "Steps of images and of texts.", lo
 _GUIDANCE = flags.DEFINE_float("guidance", None, "Classifier-free guidance of all image tasks.", lower_bound=0)
 _AVERAGE = flags.DEFINE_bool("average", True, "Of a run, score the moving average of the parameters.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ("bfloat16", "float32"), "Compute dtype.")
+_STRATEGY = flags.DEFINE_string("strategy", "fsdp", "How the devices split weights and batch, as in training.")
 _BATCH = flags.DEFINE_integer("batch", 64, "Most items worked on at once.", lower_bound=1)
 _open_cache = cli.define_cache()
 flags.mark_flags_as_required(["checkpoint", "output"])
@@ -46,7 +47,7 @@ def main() -> None:
             raise ValueError(f"--{flag}: unknown {', '.join(unknown)}; there are {', '.join(known)}")
     things = [_things(text) for text in _THINGS.value]
     # Late: a wrong flag is said without loading JAX.
-    from unialign_jax import storage
+    from unialign_jax import parallel, storage
     from unialign_jax.evaluation import evaluate, scenes
     from unialign_jax.pipeline import UniAlignPipeline
 
@@ -56,6 +57,7 @@ def main() -> None:
     _open_cache()
     pipeline = UniAlignPipeline.from_pretrained(
         _CHECKPOINT.value,
+        parallel.make_mesh(_STRATEGY.value),
         dtype=_DTYPE.value,
         average=_AVERAGE.value,
         max_batch=min(_BATCH.value, _COUNT.value),
