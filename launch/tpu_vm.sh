@@ -206,7 +206,7 @@ work() {
       code=0
       wait "$child" || code=$?
     done
-    # 78: what starting again can't mend, such as a config that is refused or a loss that is not finite.
+    # 78: what starting again can't mend, such as a loss that is not finite.
     [[ "$code" != 0 && "$code" != 78 && -z "$stopping" ]] || break
     ((left > 0)) || break
     left=$((left - 1))

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from unialign_jax.checkpoints import Checkpoints
+from unialign_jax.checkpoints import Checkpoints, Replaced
 from unialign_jax.saved_step import CheckpointError, DamagedCheckpoint, WrongArchitecture
 from unialign_jax.tree_checks import checksum
 
@@ -219,15 +219,20 @@ def test_another_architecture_is_refused_by_leaf(tmp_path, wanted, message):
             checkpoints.restore(abstract(wanted))
 
 
-def test_of_two_runs_in_one_directory_the_first_ends(tmp_path):
+def test_of_two_runs_in_one_directory_the_one_that_saved_before_the_other_began_to_ends(tmp_path):
     """Nothing is locked: a run that was killed leaves nothing that would keep the next one out."""
     with Checkpoints(tmp_path / "steps") as first:
         first.save(1, make_state(1), None, {}, wait=True)
+        with Checkpoints(tmp_path / "steps") as refused:  # one that is refused before it saves disturbs nobody
+            with pytest.raises(CheckpointError, match="already has step 1"):
+                refused.save(1, make_state(1), None, {})
+        first.save(2, make_state(2), None, {}, wait=True)
         with Checkpoints(tmp_path / "steps") as second:
-            with pytest.raises(CheckpointError, match="steps: another run has begun to save here"):
-                first.save(2, make_state(2), None, {})
-            second.save(2, make_state(2), None, {})
-        assert first.all_steps() == [1, 2]
+            second.save(3, make_state(3), None, {}, wait=True)
+            with pytest.raises(Replaced, match="steps: another run has begun to save here"):
+                first.save(4, make_state(4), None, {})
+            second.save(4, make_state(4), None, {})
+        assert first.all_steps() == [2, 3, 4]
 
 
 def _damage(path, how):

@@ -99,6 +99,14 @@ with Damaged(directory, max_to_keep=9) as checkpoints:
     seen["differ"] = refusal(lambda: checkpoints.save(25, make_state(25, seed=25), {"drawn": index}, {"stage": "s"}))
     seen["json"] = refusal(lambda: checkpoints.save(25, make_state(25, seed=25), {"drawn": {1}} if index else 0, {}))
     checkpoints.save(25, make_state(25, seed=25), {"drawn": 25}, {"stage": "s"})
+    checkpoints.wait()
+    check = checkpoints._manager.check_for_errors
+    if index == 1:
+        def full():
+            raise OSError("quota exceeded")
+        checkpoints._manager.check_for_errors = full
+    seen["background"] = refusal(checkpoints.wait)[1]
+    checkpoints._manager.check_for_errors = check
     seen["after"] = checkpoints.all_steps()
 with Checkpoints(directory, read_only=True) as checkpoints:
     params = abstract(make_state(0, seed=0).params)
@@ -202,7 +210,8 @@ def test_another_mesh_on_more_processes_restores_the_same_bits(history):
 
 def test_what_one_process_finds_wrong_all_refuse_alike(history):
     first, second = history[1]
-    assert {**first, "unknown": None} == {**second, "unknown": None}
+    alone = {"unknown": None, "background": None}
+    assert first | alone == second | alone
     assert first["damaged"][0] == "DamagedCheckpoint"
     assert "40 is damaged here. The newest good step before it is 30" in first["damaged"][1]
     assert first["refused"] == ["CheckpointError", "process 1 does not want it"]
@@ -214,6 +223,8 @@ def test_an_error_of_an_unknown_kind_ends_all_too(history):
     first, second = history[1]
     assert first["unknown"] == ["FailedElsewhere", "process 1 failed: LookupError: unknown"]
     assert second["unknown"] == ["LookupError", "unknown"]
+    assert first["background"] == "process 1 failed: OSError: quota exceeded"
+    assert second["background"] == "quota exceeded"
 
 
 def test_processes_save_one_step_together(history):

@@ -37,8 +37,15 @@ from unialign_jax.saved_step import (
     saved_steps,
 )
 
+
+class Replaced(CheckpointError):
+    """Another run saves in the same directory."""
+
+    final = True  # see `cli.run`: started again, the two would end each other in turn
+
+
 # Errors that are the same in every process, whichever found them.
-_SHARED = (CheckpointError, WrongArchitecture, DamagedCheckpoint, FileNotFoundError)
+_SHARED = (CheckpointError, WrongArchitecture, DamagedCheckpoint, Replaced, FileNotFoundError)
 
 
 class _Manager(ocp.CheckpointManager):
@@ -74,9 +81,9 @@ class Checkpoints:
     ):
         self.directory = storage.absolute(directory)
         self._manager = None
-        self._claim, self._token = self.directory.parent / f"{self.directory.name}.claim", uuid.uuid4().hex
+        self._claim, self._token = self.directory.parent / f"{self.directory.name}.claim", None
         if not read_only:
-            agreement.primary(self._prepare, *_SHARED)
+            agreement.primary(lambda: self.directory.mkdir(parents=True, exist_ok=True), *_SHARED)
         # In an object store an empty directory is nothing that could be seen.
         if read_only or not storage.is_remote(self.directory):
             agreement.everywhere(self._check_visible, *_SHARED)
@@ -120,19 +127,20 @@ class Checkpoints:
           wait: return only when the step is on disk.
 
         Raises:
-          CheckpointError: this step or a newer one exists already, `state` is at another step, the processes do not
-            agree on what to save, or another run saves here too.
+          CheckpointError: this step or a newer one exists already, `state` is at another step, or the processes do not
+            agree on what to save.
+          Replaced: another run has saved here since.
           TypeError: `data_state` or `meta` is not JSON-serialisable.
         """
         if self._manager is None:
             raise CheckpointError(f"{self.directory} was opened to be read only")
         newest = self.latest_step()
-        agreement.primary(self._check_claim, *_SHARED)
         if newest is not None and step <= newest:
             raise CheckpointError(
                 f"{self.directory} already has step {newest}, so step {step} would not be saved. "
                 "Resume from the newest step, or use another --workdir."
             )
+        self._hold()
         if int(state.step) != step:
             raise CheckpointError(f"the state to save as step {step} is at step {int(state.step)}")
         # Process 0 writes these for all.
@@ -236,6 +244,7 @@ class Checkpoints:
         """
         newer = [s for s in self.all_steps() if s > step]
         if newer:
+            self._hold()
             agreement.primary(lambda: self._set_aside(newer), *_SHARED)
             self._manager.reload()
         return newer
@@ -249,23 +258,31 @@ class Checkpoints:
             taken = len([path for path in aside.iterdir() if path.name.split(".")[0] == str(number)])
             (self.directory / str(number)).rename(aside / (f"{number}.{taken}" if taken else str(number)))
 
-    def _prepare(self) -> None:
-        """Makes and claims the directory, and removes what processes killed while saving left; nothing else ever does.
-
-        Orbax's own option does it in a thread that close() does not wait for.
-        """
-        self.directory.mkdir(parents=True, exist_ok=True)
-        storage.write_whole(self._claim, self._token.encode())
-        for leftover in ocp.utils.tmp_checkpoints(self.directory):
-            leftover.get().rmtree()
-
-    def _check_claim(self) -> None:
-        """Refuses to go on beside another run: the newest has the directory, and may have removed our unfinished step.
+    def _hold(self) -> None:
+        """Claims the directory with the first change to it; later on refuses to go on beside another run.
 
         Nothing is locked, so that nothing stays locked after a kill.
         """
-        if self._claim.exists() and self._claim.read_text() != self._token:
-            raise CheckpointError(
+        if self._token is None:
+            self._token = agreement.primary(self._take, *_SHARED)
+        else:
+            agreement.primary(self._check_claim, *_SHARED)
+
+    def _take(self) -> str:
+        """Claims the directory, and removes what processes killed while saving left behind; nothing else ever does.
+
+        Orbax's own option does it in a thread that close() does not wait for.
+        """
+        token = uuid.uuid4().hex
+        storage.write_whole(self._claim, token.encode())
+        for leftover in ocp.utils.tmp_checkpoints(self.directory):
+            leftover.get().rmtree()
+        return token
+
+    def _check_claim(self) -> None:
+        """Of two runs the newest has the directory, and may have removed the other's unfinished step."""
+        if self._token is not None and self._claim.exists() and self._claim.read_text() != self._token:
+            raise Replaced(
                 f"{self.directory}: another run has begun to save here since this one did, so this one ends; use one "
                 "--workdir for each"
             )

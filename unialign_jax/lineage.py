@@ -99,6 +99,24 @@ def start_of(meta: Mapping[str, Any], stage_directory: epath.Path) -> str | None
     return str(stage_directory.parent / recorded[3:]) if recorded and recorded.startswith("../") else recorded
 
 
+def moved_start(meta: Mapping[str, Any], init: epath.PathLike) -> str:
+    """Where a run's start is now, by a changed `init`: exactly the step that it was, whatever that run did since.
+
+    Raises:
+      FileNotFoundError: see `locate`.
+      ValueError: what is there is not what the run started from.
+    """
+    place, identity = locate(init), meta.get("init_identity")
+    if identity is not None:
+        place = place.parent / epath.Path(meta["init"]).name
+        if not place.exists() or identity_of(str(place)) != identity:
+            raise ValueError(
+                f"init is {init}, but {place} is not the checkpoint that this run started from, {meta['init']}; what "
+                "is not trained rests on that"
+            )
+    return str(place)
+
+
 def identity_of(start: str | None) -> dict[str, Any] | None:
     """What tells a run's step from another that may later be at the same place; None of anything else."""
     if start is None or store.is_converted(path := epath.Path(start)):

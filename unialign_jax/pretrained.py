@@ -109,6 +109,8 @@ def initial_params(
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or here), dict(abstract)
     )
+    if not jax.tree.leaves(abstract):
+        return {name: {} for name in abstract}
     if source is None:
 
         def init(key):

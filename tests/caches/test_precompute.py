@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
@@ -61,6 +62,7 @@ def make_config(corpus, **changes):
 @pytest.fixture(scope="module")
 def cached(corpus, tmp_path_factory):
     """A directory with all caches, of two shards each."""
+    flags.FLAGS.mark_as_parsed()  # Grain's workers read its flags
     directory = tmp_path_factory.mktemp("caches")
     # With a worker process: refusals cross its boundary.
     precompute(make_config(corpus, cached=ALL, **{"data.workers": 1}), directory, rows_per_shard=7, batch=4)
@@ -173,6 +175,13 @@ def test_the_limit_is_for_all_rows_however_often_it_starts(corpus, cached, tmp_p
     config = make_config(corpus, cached=ALL, **{"data.refused_share": 0.01})
     with pytest.raises(CorpusError, match=r"not an image: 1\n +line 6: "):
         precompute(config, tmp_path / "caches", rows_per_shard=7, batch=4)
+    # What an interrupted attempt noted of a shard that is then made does not count.
+    for part in (tmp_path / "caches" / "draw").glob("*/*"):
+        (part / "00000-of-00002.array_record").unlink()
+        (part / "00001-of-00002.array_record.refused.json").write_text(json.dumps([[8, "line 9", "not an image", "x"]]))
+    precompute(make_config(corpus, cached=ALL), tmp_path / "caches", rows_per_shard=7, batch=4)
+    names = sorted({file.name for file in (tmp_path / "caches" / "draw").rglob("*.refused.json")})
+    assert names == ["00000-of-00002.array_record.refused.json"]
 
 
 def test_a_shard_that_cannot_be_read_now_is_not_recorded_as_refused(corpus, tmp_path):

@@ -177,7 +177,7 @@ def test_going_back_to_the_same_step_again_is_no_silent_matter(finished, corpus,
 
 @pytest.mark.parametrize(("failing", "saved"), [(0, []), (2, [2])])
 def test_a_grid_that_fails_costs_no_step(corpus, tmp_path, monkeypatch, failing, saved):
-    """The first comes before all steps, so that one need not wait for its failure; the others after the save."""
+    """The first comes with the first step, so that one need not wait for its failure; the others after the save."""
     drawn = []
 
     def grid(*arguments):
@@ -199,10 +199,15 @@ def test_what_a_run_started_from_may_have_moved(corpus, tmp_path):
 
     loop.train(make_config(corpus, stage="source", steps=1), tmp_path)
     loop.train(config("source", steps=2), tmp_path / "run")
+    loop.train(make_config(corpus, stage="source", steps=2, allow_changed=("steps",)), tmp_path)  # it has gone on
     (tmp_path / "source").rename(tmp_path / "moved")
     moved = config("moved", steps=4, allow_changed=("init", "steps"))
     with pytest.raises(ConfigChanged, match="init was"):
         loop.train(config("moved", steps=2), tmp_path / "run")
+    shutil.copytree(tmp_path / "moved" / "checkpoints" / "2", tmp_path / "other" / "checkpoints" / "1")
+    other = config("other", steps=4, allow_changed=("init", "steps"))
+    with pytest.raises(ValueError, match="other/checkpoints/1 is not the checkpoint that this run started from"):
+        loop.train(other, tmp_path / "run")
     assert int(loop.train(moved, tmp_path / "run").step) == 4
     with Checkpoints(tmp_path / "run" / "photos" / "checkpoints", read_only=True) as checkpoints:
         assert checkpoints.meta()["init"] == str(tmp_path / "moved" / "checkpoints" / "1")

@@ -100,7 +100,7 @@ def train(
                     f"since. To go back again, move the later steps out of {checkpoints.directory}"
                 )
             if "init" in changed and run.init is not None:
-                init = str(lineage.locate(run.init))
+                init = lineage.moved_start(saved, run.init)
             else:
                 lineage.check_start(saved, directory)
                 init = lineage.start_of(saved, directory)
@@ -161,7 +161,7 @@ def train(
             "stage": run.stage,
             "config": saved_as,
             "init": lineage.record_of(init, directory),
-            "init_identity": lineage.identity_of(init),
+            "init_identity": lineage.identity_of(init) if resume_step is None else saved.get("init_identity"),
             "data": batches.get_state()["fingerprints"],
             "versions": saved_config.library_versions(),
         }
@@ -183,9 +183,6 @@ def train(
                 images, text = sample_grid(networks, params, tokenizer, held_batch, run.log, run.protocol)
             writer.write_images(step, {"samples": images})
             writer.write_texts(step, {"captions": text})
-
-        if held_batch is not None and not start:
-            draw(0, state)  # if there is no room for it beside the state, one learns it now
 
         # The loop. The host never waits for the step it has just queued, only for one some steps before.
         compiled: dict[tuple[Batch, float, float], Any] = {}
@@ -237,7 +234,9 @@ def train(
             if saving:
                 with watch.paused():
                     checkpoints.save(step, state, merge_states(agreement.gather(batches.get_state())), meta)
-            if held_batch is not None and (last or step % run.log.samples_every == 0) and not stopping:
+            # Once at the beginning: if there is no room for it beside the state, one learns it then.
+            drawing = held_batch is not None and (last or step == 1 or step % run.log.samples_every == 0)
+            if drawing and not stopping:
                 window.drain()
                 with watch.paused():
                     draw(step, state)

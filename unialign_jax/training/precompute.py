@@ -197,9 +197,12 @@ def _work(job: Job, share: Share, encode: "_Encoder", config: DataConfig, report
                     bar.update(count)
                 while encoded:
                     refusals += _write(*encoded.popleft(), job, writers, report)
-                if refusals:  # before the shards appear
-                    for target in job.targets.values():
-                        storage.write_whole(_refusals_path(target, turn.shard), json.dumps(refusals).encode())
+                for target in job.targets.values() if writers else ():  # before the shards appear
+                    account = _refusals_path(target, turn.shard)
+                    if refusals:
+                        storage.write_whole(account, json.dumps(refusals).encode())
+                    else:
+                        account.unlink(missing_ok=True)  # of an attempt that was interrupted
     finally:
         elements.close()
 
