@@ -331,8 +331,9 @@ class Checkpoints:
         return saved.state(abstract_state), data_state, meta, sums
 
     def _read_params(self, abstract_params: Any, which: str, step: int) -> tuple[Any, Any]:
-        params = self._saved(step).params(abstract_params, which)
-        _, sums = self._saved(step).meta()
+        saved = self._saved(step)
+        _, sums = saved.meta()
+        params = saved.params(abstract_params, which)
         return params, {which: {name: sums[which].get(name) for name in params}}
 
     def _advised(self, damage: DamagedCheckpoint, step: int, read: Callable[[int], Any]) -> DamagedCheckpoint:

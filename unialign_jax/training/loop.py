@@ -189,8 +189,10 @@ def train(
         window, watch = DelayedMetrics(by_source=len(run.source_names) > 1), Stopwatch()
         profiler = StepProfiler(profile_steps if speaks else None, directory)
         stack.callback(lambda: (place := profiler.close()) and say(f"profile of the steps until the end: {place}"))
-        if profile_steps is not None and not start < profile_steps[0] <= run.steps:
-            say(f"no profile: --profile_steps begins at {profile_steps[0]}, steps are {start + 1} to {run.steps}")
+        if profile_steps is not None and not (start < profile_steps[1] and profile_steps[0] <= run.steps):
+            say(
+                f"no profile: --profile_steps is {profile_steps[0]}:{profile_steps[1]}, steps are {start + 1} to {run.steps}"
+            )
         stopping, flushed = False, time.monotonic()
         while step < run.steps and not stopping:
             step += 1

@@ -59,17 +59,17 @@ def _train_all(
 ) -> bool:
     """`train` of a config with several stages. One watch for all: a signal between two must not be lost."""
     runs = {name: run_config.read(stage, f"stages.{name}") for name, stage in config.stages.items()}
-    trained = False
+    reached = None
     for name in in_order(runs):
         stage, run = config.stages[name], runs[name]
         if _is_finished(stage, run, workdir):
             continue
-        if trained and preemption.reached():
+        if reached is not None and preemption.reached():
             return False
         start = _start(run, workdir)
         # Its state is let go: the next stage reads what it needs, and has the memory.
-        trained = loop.train(stage, workdir, start=start, profile_steps=profile_steps, preemption=preemption).step
-        if int(trained) < run.steps:
+        reached = loop.train(stage, workdir, start=start, profile_steps=profile_steps, preemption=preemption).step
+        if int(reached) < run.steps:
             return False
     return True
 
