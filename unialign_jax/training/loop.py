@@ -190,7 +190,7 @@ def train(
         profiler = StepProfiler(profile_steps if speaks else None, directory)
         stack.callback(lambda: (place := profiler.close()) and say(f"profile of the steps until the end: {place}"))
         if profile_steps is not None and not (start < profile_steps[1] and profile_steps[0] <= run.steps):
-            say(f"no profile of steps {profile_steps[0]} to {profile_steps[1]}: this goes from {start + 1} to {run.steps}")
+            say(f"no profile of steps {profile_steps[0]} to {profile_steps[1]}: this takes {start + 1} to {run.steps}")
         stopping, flushed = False, time.monotonic()
         while step < run.steps and not stopping:
             step += 1
