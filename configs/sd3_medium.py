@@ -15,9 +15,9 @@ With ":all", what is the same in all stages is set once: `init`, where the conve
 
 What the frozen encoders make of the data can be computed once and read from then on, see "Caches" in docs/data.md:
 
-    python launch/precompute.py --config=configs/sd3_medium.py --config.data.root=DIRECTORY \\
+    python launch/precompute.py --config=configs/sd3_medium.py:pretrain --config.data.root=DIRECTORY \\
         --config.cached='("latents", "teacher")' --target=CACHES
-    python launch/train.py --config=configs/sd3_medium.py --config.data.root=DIRECTORY \\
+    python launch/train.py --config=configs/sd3_medium.py:pretrain --config.data.root=DIRECTORY \\
         --config.cached='("latents", "teacher")' --config.cache_directory=CACHES --workdir=runs/sd3
 """
 

@@ -47,7 +47,7 @@ _INTERVAL = flags.DEFINE_list(
 _NEGATIVE = flags.DEFINE_string("negative_prompt", None, "What guidance leads away from; default: the protocol's.")
 _SIZE = flags.DEFINE_list("size", None, "Height,width in pixels; default: what the model was trained on.")
 _ASPECT = flags.DEFINE_string("aspect", None, "Width over height, such as 16:9, instead of --size.")
-_FAST = flags.DEFINE_bool("fast", None, "Texts: confidence-ordered decoding, 8 to 16 steps do.")
+_FAST = flags.DEFINE_bool("fast", None, "Texts: confidence-ordered decoding, by default in fewer steps.")
 _PROTOCOL = flags.DEFINE_string(
     "protocol", None, "Sets what is left out; default: the model's own. See docs/sampling.md."
 )

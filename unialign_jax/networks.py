@@ -111,9 +111,9 @@ class Networks:
         """int32 `[B, T]` -> states `[B, T, E]`."""
         return self.text_encoder.apply({"params": params["text_encoder"]}, ids)
 
-    def encode_images(self, params: Params, images: jax.Array, noise: jax.Array | None = None) -> jax.Array:
-        """float32 `[B, H, W, 3]` in [-1, 1] -> scaled latents `[B, h, w, C]`; `noise` draws from the posterior."""
-        return self.codec.encode(params["autoencoder"], images, noise)
+    def encode_images(self, params: Params, images: jax.Array) -> jax.Array:
+        """float32 `[B, H, W, 3]` in [-1, 1] -> scaled latents `[B, h, w, C]`, the posterior's mean."""
+        return self.codec.encode(params["autoencoder"], images)
 
     def decode_images(self, params: Params, latents: jax.Array) -> jax.Array:
         """Scaled latents `[B, h, w, C]` -> float32 `[B, H, W, 3]`, about [-1, 1], not clipped."""

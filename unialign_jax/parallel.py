@@ -241,7 +241,7 @@ def replicate(array: np.ndarray, mesh: Mesh) -> jax.Array:
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Pins an activation to the plan under the ambient mesh (`jax.set_mesh`); without one, returns it as it is.
 
-    An axis that the mesh does not divide is left to the compiler.
+    An axis that the mesh does not divide is whole on every device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -313,17 +313,3 @@ def weight_gradient(x: jax.Array, gradient: jax.Array, names: Sequence[str | Non
 
     specs = tuple(PartitionSpec(*rows, last) for last in within)
     return jax.shard_map(local, in_specs=specs, out_specs=spec, check_vma=False)(x, gradient)
-
-
-def describe(abstract: Any) -> str:
-    """One line a leaf, `path shape dtype (mesh axes by dimension)`, sorted: what the reviewed plans hold.
-
-    Args:
-      abstract: a tree of `jax.ShapeDtypeStruct` with `NamedSharding`s.
-    """
-    lines = []
-    for path, leaf in jax.tree.leaves_with_path(abstract):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        spec = ", ".join("+".join(axes) if isinstance(axes, tuple) else str(axes or "-") for axes in leaf.sharding.spec)
-        lines.append(f"{name} {list(leaf.shape)} {np.dtype(leaf.dtype).name} ({spec})")
-    return "\n".join(sorted(lines)) + "\n"

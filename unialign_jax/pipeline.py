@@ -41,7 +41,7 @@ class UniAlignPipeline:
       size: (height, width) in pixels of images where a call gives none.
       shift: of the noise levels, see `flow_matching.euler_sigmas`.
       batches: the compiled batch sizes.
-      protocol: what calls take that do not say, a name in `presets.PROTOCOLS`.
+      protocol: what calls take that do not say, a `presets.Protocol`.
       progress: whether calls show a progress bar where they do not say.
     """
 
@@ -54,7 +54,7 @@ class UniAlignPipeline:
         text_length: int,
         size: tuple[int, int],
         shift: float = 3.0,
-        protocol: str = "unialignment",
+        protocol: str | presets.Protocol = "unialignment",
         mesh: Mesh | None = None,
         max_batch: int = 8,
         single_size: bool = False,
@@ -302,14 +302,15 @@ class UniAlignPipeline:
             )
             for start, stop, guided in runs:
                 chain, scale = (conditions, scales) if guided else (conditions[-1:], scales[:0])
-                # Nobody looks: the whole run of steps is one program, and nothing is waited for.
+                # Nobody looks: the whole run of steps is one program, and nothing is waited for. Somebody does: what is
+                # shown is the step before the newest, so that the devices have work meanwhile.
                 for now in range(start, stop, 1 if watched else stop - start):
                     after = now + 1 if watched else stop
                     before = latents
                     latents = made.advance(self.params, before, chain, scale, sigmas, now, after)
                     if watched:
-                        jax.block_until_ready(latents)
-                        bar.update(first + count * after / steps - bar.n)  # which ends at a whole number
+                        jax.block_until_ready(before)
+                        bar.update(first + count * now / steps - bar.n)
                     if preview is not None:
                         images = made.finish(self.params, made.estimate(before, latents, sigmas, now))
                         shown = self.batches.fetch(images, count, gather=gather)
@@ -369,11 +370,8 @@ class UniAlignPipeline:
         )
 
         def sample(first: int, count: int, bar: tqdm.tqdm, seeds, pictures, ids, known) -> jax.Array:
-            tokens = program(self.params, seeds, pictures, ids, known)
-            if not bar.disable:
-                jax.block_until_ready(tokens)
-                bar.update(count)
-            return tokens
+            del first, count, bar  # a text is made in one go
+            return program(self.params, seeds, pictures, ids, known)
 
         rows = [seeds, pictures, ids, known]
         out = self._in_batches(sample, rows, "text", progress=progress, gather=gather)
@@ -388,14 +386,19 @@ class UniAlignPipeline:
         self, sample: Callable, rows: Sequence[np.ndarray], unit: str, *, progress: bool | None, gather: bool
     ) -> list[np.ndarray | None]:
         """Runs `sample(first item, items, bar, *placed rows)` on the batches of a request; the rows of its results."""
-        count, out = len(rows[0]), []
+        count, made, out = len(rows[0]), [], []
         shown = (self.progress if progress is None else progress) and jax.process_index() == 0
         with tqdm.tqdm(total=count, unit=unit, disable=not shown, bar_format=_BAR) as bar, jax.set_mesh(self.mesh):
+
+            def fetch():
+                out.extend(self.batches.fetch(*made.pop(0), gather=gather))
+                bar.update(max(len(out) - bar.n, 0))
+
             for start, stop, size in self.batches.cut(count):
                 placed = [self.batches.place(array[start:stop], size) for array in rows]
-                out.append((sample(start, stop - start, bar, *placed), stop - start))
+                made.append((sample(start, stop - start, bar, *placed), stop - start))
                 # A batch is fetched when the next one is on its way, so that the devices never wait.
-                if len(out) > 1:
-                    out[-2] = self.batches.fetch(*out[-2], gather=gather)
-            out[-1] = self.batches.fetch(*out[-1], gather=gather)
-        return [row for part in out for row in part]
+                if len(made) > 1:
+                    fetch()
+            fetch()
+        return out

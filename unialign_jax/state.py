@@ -136,7 +136,7 @@ def _is_matrix_or_none(leaf: Any) -> bool:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clip, then AdamW; or Muon and AdamW."""
+    """Clip, then AdamW; or Muon and, for what is no matrix of a block, AdamW, both with Nesterov's momentum."""
     if config.muon:
         muon = optax.contrib.muon(
             1.0,

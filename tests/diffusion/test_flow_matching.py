@@ -7,31 +7,40 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from unialign_jax import parallel
 from unialign_jax.diffusion import flow_matching
+from unialign_jax.inference import programs
+from unialign_jax.models.autoencoder import AutoencoderCodec, AutoencoderConfig
+from unialign_jax.networks import Networks
+
+
+def sample(velocity, noise, conditions, sigmas, scales=(), interval=(0.0, 1.0)):
+    """From noise to data as the pipeline goes: all conditions within the interval, the last one outside."""
+    for start, stop, guided in flow_matching.guided_runs(sigmas, interval, guided=len(conditions) > 1):
+        predict = flow_matching.guide(velocity, conditions if guided else conditions[-1:], scales if guided else ())
+        noise = flow_matching.euler(predict, noise, sigmas, start, stop)
+    return noise
 
 
 @pytest.mark.parametrize("name", ["generate", "edit"])
-def test_sampler_matches_recorded(name, case, transformer):
+def test_sampler_matches_recorded(name, case, transformer, text_encoder):
+    """The program that the pipeline runs, from the recorded noise and text states."""
     recorded = case(f"sample_{name}")
     model, params = transformer
-
-    def velocity(latents, time, condition):
-        return model.apply({"params": params}, latents, condition["text"], time, references=condition.get("refs")).image
-
+    encoder, _ = text_encoder
+    mesh = parallel.first_device()
+    advance = programs.image_programs(Networks(model, AutoencoderCodec(AutoencoderConfig()), encoder), mesh).advance
     condition = {"text": recorded["text"]}
     if name == "edit":
-        condition["refs"] = recorded["reference_latents"]
-    sigmas = flow_matching.euler_sigmas(int(recorded["num_steps"]), float(recorded["shift"]))
+        condition["references"] = recorded["reference_latents"]
+    steps = int(recorded["num_steps"])
+    sigmas = programs.sigma_table(steps, float(recorded["shift"]))
     if "sigmas" in recorded:
-        np.testing.assert_allclose(sigmas, recorded["sigmas"], rtol=1e-6)
-    latents = flow_matching.sample(
-        velocity,
-        recorded["init_latents"],
-        condition,
-        sigmas,
-        weaker=[{**condition, "text": recorded["negative_text"]}],
-        scales=[float(recorded["guidance_scale"])],
-    )
+        np.testing.assert_allclose(sigmas[: steps + 1], recorded["sigmas"], rtol=1e-6)
+    conditions = ({**condition, "text": recorded["negative_text"]}, condition)
+    scales = np.float32([recorded["guidance_scale"]])
+    with jax.set_mesh(mesh):
+        latents = advance({"transformer": params}, recorded["init_latents"], conditions, scales, sigmas, 0, steps)
     np.testing.assert_allclose(latents, recorded["latents"], atol=1e-3, rtol=0)
 
 
@@ -70,7 +79,7 @@ def straight(latents, time, condition):
 def test_euler_follows_a_straight_path_exactly():
     target = jnp.array([[1.0, -2.0], [0.5, 3.0]])
     noise = jax.random.normal(jax.random.key(0), (2, 2))
-    got = flow_matching.sample(straight, noise, target, flow_matching.euler_sigmas(5))
+    got = sample(straight, noise, [target], flow_matching.euler_sigmas(5))
     np.testing.assert_allclose(got, target, atol=1e-5)
 
 
@@ -83,16 +92,16 @@ def test_guidance_acts_inside_its_interval_only_and_costs_the_stated_evaluations
         return jnp.broadcast_to(condition, latents.shape)
 
     sigmas = np.linspace(1, 0, 11).astype(np.float32)
-    run = functools.partial(flow_matching.sample, velocity, jnp.zeros((3, 1)), jnp.ones((3, 1)), sigmas)
-    guided = {"weaker": [jnp.zeros((3, 1))], "scales": [4.0]}
-    np.testing.assert_allclose(run(**guided), -4.0, rtol=1e-5)
+    run = functools.partial(sample, velocity, jnp.zeros((3, 1)))
+    guided = [jnp.zeros((3, 1)), jnp.ones((3, 1))]
+    np.testing.assert_allclose(run(guided, sigmas, [4.0]), -4.0, rtol=1e-5)
     assert sizes == [6]  # one traced body, doubled batch
     sizes.clear()
     # Steps starting at 0.7, 0.6, 0.5, 0.4 are guided: four tenths of the path at speed 4, the rest at speed 1.
-    np.testing.assert_allclose(run(**guided, guidance_interval=(0.35, 0.75)), -(1.6 + 0.6), rtol=1e-5)
+    np.testing.assert_allclose(run(guided, sigmas, [4.0], (0.35, 0.75)), -(1.6 + 0.6), rtol=1e-5)
     assert sizes == [3, 6, 3]
     sizes.clear()
-    np.testing.assert_allclose(run(), -1.0, rtol=1e-5)
+    np.testing.assert_allclose(run(guided[1:], sigmas), -1.0, rtol=1e-5)
     assert sizes == [3]
 
 
@@ -104,11 +113,11 @@ def test_two_scales_are_those_of_instruct_pix2pix():
         return jnp.broadcast_to(condition, latents.shape)
 
     sigmas = np.linspace(1, 0, 4).astype(np.float32)
-    run = functools.partial(flow_matching.sample, velocity, jnp.zeros((2, 1)), conditions[2], sigmas)
-    np.testing.assert_allclose(run(weaker=conditions[:2], scales=[1.5, 7.5]), -(1 + 1.5 * 2 + 7.5 * 4), rtol=1e-5)
+    run = functools.partial(sample, velocity, jnp.zeros((2, 1)))
+    np.testing.assert_allclose(run(conditions, sigmas, [1.5, 7.5]), -(1 + 1.5 * 2 + 7.5 * 4), rtol=1e-5)
     # A reference scale of 1 is the single guidance, from the references alone.
-    single = run(weaker=conditions[1:2], scales=[7.5])
-    np.testing.assert_allclose(run(weaker=conditions[:2], scales=[1.0, 7.5]), single, rtol=1e-5)
+    single = run(conditions[1:], sigmas, [7.5])
+    np.testing.assert_allclose(run(conditions, sigmas, [1.0, 7.5]), single, rtol=1e-5)
 
 
 def test_one_compiled_program_serves_any_number_of_steps():
@@ -125,11 +134,6 @@ def test_one_compiled_program_serves_any_number_of_steps():
     np.testing.assert_allclose(steps(steps(noise, sigmas, 0, 2), sigmas, 2, 6), whole, atol=1e-6)
     np.testing.assert_allclose(whole, 2.0, atol=1e-5)
     assert len(traces) == 1
-
-
-def test_scales_without_a_weaker_condition_are_refused():
-    with pytest.raises(ValueError, match="1 guidance scale.s. for 0 weaker"):
-        flow_matching.sample(straight, jnp.zeros((1, 1)), jnp.zeros((1, 1)), np.ones(2), scales=[7.0])
 
 
 @pytest.mark.parametrize(("steps", "shift"), [(0, 3.0), (5, 0.0)])

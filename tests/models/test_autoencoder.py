@@ -312,7 +312,7 @@ def test_autoencoder_codec_speaks_scaled_latents(small):
     drawn = to_numpy(posterior.mean + posterior.std * to_torch(noise))
     encode = jax.jit(codec.encode)
     np.testing.assert_allclose(encode(params, images), (to_numpy(posterior.mean) - 0.0609) * 1.5305, atol=5e-5)
-    latents = encode(params, images, noise)
+    latents = jax.jit(lambda *given: codec.draw(codec.moments(*given[:2]), given[2]))(params, images, noise)
     np.testing.assert_allclose(latents, (drawn - 0.0609) * 1.5305, atol=5e-5)
     assert latents.shape == (2, 12 // codec.downsample, 20 // codec.downsample, codec.latent_channels)
     with torch.no_grad():
@@ -371,7 +371,7 @@ def test_pixel_codec_channel_order_and_scale():
 def test_pixel_codec_ignores_noise():
     codec, images = PixelCodec(PixelCodecConfig(4)), images_of(8, 8)
     noise = np.ones((2, 2, 2, 48), np.float32)
-    np.testing.assert_array_equal(codec.encode({}, images, noise), codec.encode({}, images))
+    np.testing.assert_array_equal(codec.draw(codec.moments({}, images), noise), codec.encode({}, images))
 
 
 def test_pixel_codec_refusals():

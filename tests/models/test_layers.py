@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unialign_jax import parallel
-from unialign_jax.models.layers import Dense
+from unialign_jax.models.layers import Dense, spread
 
 # Strategy, shape of the inputs, logical axes of the kernel. The last two batches are not divided by the mesh.
 SPLIT = [
@@ -62,3 +62,18 @@ def test_split_equals_whole():
     errors = json.loads(done.stdout)
     assert len(errors) == len(SPLIT)
     assert np.max(errors) < 1e-6, errors
+
+
+def test_gradients_of_many_bfloat16_tokens_lose_nothing():
+    """Of gradients that push into one direction, a sum in bfloat16 would drop a growing part."""
+    cotangent = np.random.default_rng(0).normal(0.3, 1, (2, 16384, 8)).astype(jnp.bfloat16)
+    params = {"kernel": jnp.ones((4, 8)), "bias": jnp.zeros(8)}
+    layer, x = Dense(8, ("embed", "mlp")), jnp.zeros((2, 16384, 4), jnp.bfloat16)
+    _, back = jax.vjp(lambda params: layer.apply({"params": params}, x), params)
+    bias = jax.jit(back)(jnp.asarray(cotangent))[0]["bias"]
+    np.testing.assert_allclose(bias, cotangent.astype(np.float64).sum((0, 1)), rtol=1e-4)
+
+    gate, update = jnp.ones((2, 1, 8), jnp.bfloat16), jnp.asarray(cotangent)
+    _, back = jax.vjp(lambda gate: spread(gate, update.shape, jnp.bfloat16) * update, gate)
+    expected = np.square(cotangent.astype(np.float64)).sum(1, keepdims=True)
+    np.testing.assert_allclose(np.asarray(jax.jit(back)(update)[0], np.float64), expected, rtol=5e-3)  # bfloat16 itself

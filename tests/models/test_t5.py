@@ -3,8 +3,11 @@
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import flax.linen as nn
 import jax
@@ -18,6 +21,20 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from unialign_jax.models.t5 import T5Config, T5Encoder, relative_position_buckets
 
+FLOPS = """
+import flax.linen as nn, jax, jax.numpy as jnp
+from unialign_jax import parallel
+from unialign_jax.models.t5 import T5Config, T5Encoder
+
+encoder = T5Encoder(T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4), jnp.float32)
+boxed = jax.eval_shape(lambda: encoder.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+for strategy in ("data=1", "fsdp", "sequence=4", "tensor=4"):
+    mesh = parallel.make_mesh(strategy, jax.devices()[: 1 if strategy == "data=1" else 4])
+    params = jax.tree.map(parallel.placed, nn.unbox(boxed), parallel.param_shardings(boxed, mesh, check=False))
+    ids = jax.ShapeDtypeStruct((4, 64), jnp.int32, sharding=parallel.batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        print(jax.jit(encoder.apply).lower(params, ids).compile().cost_analysis()["flops"])
+"""
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 SMALL = T5Config(vocab_size=97, d_model=20, d_kv=6, d_ff=36, num_layers=3, num_heads=5)
 LAYER_NAMES = {
@@ -176,3 +193,11 @@ def test_full_size_shapes_are_the_published_ones():
 def test_contradicting_config_is_refused(fields, named):
     with pytest.raises(ValueError, match=named):
         T5Config(**fields)
+
+
+def test_devices_share_the_work_on_every_axis():
+    virtual = {"NPROC": "16", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    done = subprocess.run([sys.executable, "-c", FLOPS], env=os.environ | virtual, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    alone, *shared = map(float, done.stdout.split())
+    assert len(shared) == 3 and max(shared) < 0.3 * alone, (alone, shared)

@@ -8,6 +8,7 @@ import runpy
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
@@ -34,6 +35,16 @@ def make_program(strategy="fsdp", devices=8, **changes) -> Program:
 
 def specs(tree) -> dict[str, PartitionSpec]:
     return {jax.tree_util.keystr(path): leaf.sharding.spec for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def described(tree) -> str:
+    """One line a leaf, `path shape dtype (mesh axes by dimension)`, sorted: what the reviewed plans hold."""
+    lines = []
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = ", ".join("+".join(axes) if isinstance(axes, tuple) else str(axes or "-") for axes in leaf.sharding.spec)
+        lines.append(f"{name} {list(leaf.shape)} {np.dtype(leaf.dtype).name} ({spec})")
+    return "\n".join(sorted(lines)) + "\n"
 
 
 @pytest.mark.parametrize("muon", [False, True])
@@ -104,7 +115,7 @@ def test_the_published_size_is_split_as_reviewed(strategy, devices):
             for shapes in ([x.shape for x in leaves], [x.sharding.shard_shape(x.shape) for x in leaves])
         )
         lines.append(f"{name}: {total:.1f} MiB, of which a device holds {held:.1f}")
-    found = "\n".join(lines) + "\n" + parallel.describe(trees)
+    found = "\n".join(lines) + "\n" + described(trees)
     file = SHARDING / f"{strategy}-{devices}.txt"
     if os.environ.get("RENEW_SHARDING"):
         file.write_text(found)

@@ -36,12 +36,14 @@ class Report:
       sizes: network -> bytes written.
       initialised: PyTorch names of the transformer's tensors that the source does not hold, or holds only in part.
       dropped: PyTorch names of the source's tensors that have no place in the network.
+      mask_as_stored: whether the mask token's embedding is that of the source's text encoder.
     """
 
     target: pathlib.Path
     sizes: dict[str, int]
     initialised: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    mask_as_stored: bool = False
 
     def __str__(self) -> str:
         lines = [f"{network}: {size / 1e6:,.1f} MB" for network, size in self.sizes.items()]
@@ -49,6 +51,8 @@ class Report:
             lines.append(f"initialised, because the source lacks them: {', '.join(self.initialised)}")
         if self.dropped:
             lines.append(f"dropped, because the network has no place for them: {', '.join(self.dropped)}")
+        if self.mask_as_stored:
+            lines.append("the mask token's embedding is the text encoder's; a learned one is given with --mask_token")
         return "\n".join([*lines, f"wrote {self.target}"])
 
 
@@ -112,7 +116,7 @@ def to_jax(
         workspace.copy_tokenizer(folders.teacher, partial / store.TEACHER_TOKENIZER)
         configs.write_json(partial / store.MODEL_FILE, model)
     transformer = components["transformer"]
-    report = Report(target, sizes, transformer.initialised, transformer.dropped)
+    report = Report(target, sizes, transformer.initialised, transformer.dropped, mask_token is None)
     _LOGGER.info("%s", report)
     return report
 

@@ -110,7 +110,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         reference_mask     bool  [B, N]            absent if N is 0; False where the reference is zeros
         caption_ids        int32 [B, T]            of an answer: the question, then the answer
         caption_loss_mask  bool  [B, T]            False on a question
-        instruction_ids    int32 [B, T]            equal to caption_ids where a task has no instruction of its own
+        instruction_ids    int32 [B, T]            without an instruction: caption_ids, less its prompt
         teacher_ids        int32 [B, Tq]           absent without a teacher
         teacher_mask       bool  [B, Tq]           absent without a teacher; False on padding
 

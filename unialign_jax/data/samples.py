@@ -9,8 +9,8 @@
 | compose  | 1..N       | of the target     | what to make   |                  |
 | answer   | none       |                   |                | both             |
 
-Every sample feeds both passes of a training step: the image pass makes `target` from `references` and `instruction`;
-the text pass makes `caption` (or `answer`, after `question`) from `target`.
+A sample feeds both passes of a training step, if its source does not say otherwise: the image pass makes `target` from
+`references` and `instruction`; the text pass makes `caption` (or `answer`, after `question`) from `target`.
 """
 
 import dataclasses

@@ -130,7 +130,7 @@ def guide(velocity: Velocity, conditions: Sequence[Any], scales: Sequence[Any]) 
         made = velocity(*repeated, joined).astype(jnp.float32)
         steps = jnp.moveaxis(made.reshape(len(latents), count, *latents.shape[1:]), 1, 0)
         out = steps[0]
-        for scale, weaker, stronger in zip(scales, steps, steps[1:], strict=False):
+        for scale, weaker, stronger in zip(scales, steps[:-1], steps[1:], strict=True):
             out = out + scale * (stronger - weaker)
         return out
 
@@ -161,45 +161,3 @@ def euler(predict: Callable, latents: jax.Array, sigmas: jax.Array, start: Any, 
 def _interleave(arrays: Sequence[jax.Array]) -> jax.Array:
     """K arrays `[B, ...]` -> `[K B, ...]`, row by row: a batch that is split over devices stays where it is."""
     return jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
-
-
-def sample(
-    velocity: Velocity,
-    noise: jax.Array,
-    condition: Any,
-    sigmas: np.ndarray,
-    *,
-    weaker: Sequence[Any] = (),
-    scales: Sequence[Any] = (),
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
-) -> jax.Array:
-    """Euler sampling with classifier-free guidance: one traced program, `len(sigmas) - 1` network evaluations.
-
-    Guided steps evaluate all conditions as one batch (`guide`); the other steps evaluate `condition` alone.
-
-    Args:
-      velocity: see `guide`.
-      noise: starting latents at sigma 1, `[B, ...]`.
-      condition: pytree of arrays `[B, ...]` handed to `velocity` (text states, references, ...).
-      sigmas: static noise levels `[N + 1]` from `euler_sigmas`.
-      weaker: pytrees like `condition` that guidance starts from, the weakest first (the negative prompt's); empty: no
-        guidance.
-      scales: one for each of `weaker`; the published values are 7 (generation) and 9 (editing).
-      guidance_interval: see `guided_runs`.
-
-    Returns:
-      Latents at sigma 0, float32 `[B, ...]`.
-
-    Raises:
-      ValueError: if there are not as many scales as weaker conditions.
-    """
-    if len(weaker) != len(scales):
-        raise ValueError(
-            f"{len(scales)} guidance scale(s) for {len(weaker)} weaker condition(s); each scale needs the condition "
-            "that it leads away from"
-        )
-    latents = noise
-    for start, stop, guided in guided_runs(sigmas, guidance_interval, guided=bool(weaker)):
-        predict = guide(velocity, [*weaker, condition] if guided else [condition], scales)
-        latents = euler(predict, latents, sigmas, start, stop)
-    return latents

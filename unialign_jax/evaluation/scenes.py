@@ -17,7 +17,7 @@ from unialign_jax.inference.presets import PROTOCOLS, Protocol
 from unialign_jax.pipeline import UniAlignPipeline
 
 PROTOCOL = PROTOCOLS["scenes"]
-# Example numbers of one kind start here: training draws from 0 on, and a split shares nothing with it anyway.
+# Of the examples. Training's seed is 0, and a split shares nothing with it anyway.
 SEED = 1
 
 _IMAGE_EXACT = {"exact": lambda made, truth: verify.image_exact(made, truth.target.scene)}

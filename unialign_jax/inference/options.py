@@ -50,7 +50,7 @@ class TextOptions(TypedDict, total=False):
     """Options of the text tasks; `seed`, `size`, `aspect`, `progress`, `protocol`, `gather` as in `ImageOptions`.
 
     steps: times of the ancestral sampler, or evaluations of the fast one.
-    fast: confidence-ordered parallel decoding, which takes 8 to 16 steps and is deterministic.
+    fast: confidence-ordered parallel decoding, deterministic, and by default in fewer steps.
     output: "text"; "array": ids int32 `[T]`, a question included.
     """
 

@@ -18,7 +18,7 @@ class Protocol:
       generate_guidance, edit_guidance: classifier-free guidance without and with reference images.
       negative_prompt: what guidance leads away from.
       caption_steps, answer_steps: times of the ancestral text sampler.
-      fast: whether texts are decoded by confidence instead (`masked_text.sample_confident`), in as many steps.
+      fast: whether texts are decoded by confidence instead (`masked_text.sample_confident`), in `fast_steps`.
       caption_length, answer_length: tokens of a text, a question included; a model trained on shorter texts keeps its
         own length.
       caption: the prompt of a caption; published: none.
@@ -31,6 +31,7 @@ class Protocol:
     negative_prompt: str = NEGATIVE_PROMPT
     caption_steps: int = 32
     fast: bool = False
+    fast_steps: int = 16
     caption_length: int = 256
     answer_steps: int = 32
     answer_length: int = 128
@@ -45,8 +46,9 @@ class Protocol:
           given: `steps`; of images, `guidance` and `negative_prompt`; of texts, `fast`.
         """
         if task in ("caption", "answer"):
-            steps = self.caption_steps if task == "caption" else self.answer_steps
-            mine = {"steps": steps, "fast": self.fast}
+            fast = self.fast if given.get("fast") is None else given["fast"]
+            ancestral = self.caption_steps if task == "caption" else self.answer_steps
+            mine = {"steps": self.fast_steps if fast else ancestral, "fast": fast}
         else:
             guidance = self.generate_guidance if task == "generate" else self.edit_guidance
             mine = {"steps": self.steps, "guidance": guidance, "negative_prompt": self.negative_prompt}
@@ -61,7 +63,14 @@ PROTOCOLS = {
     # Models trained on `data.scenes`: there a dropped condition is the text " ", so guidance leads away from that. What
     # is to be said is certain but for its wording, of which confident decoding keeps to one.
     "scenes": Protocol(
-        steps=28, generate_guidance=3.0, edit_guidance=3.0, negative_prompt=" ", fast=True, caption=":", question="{}"
+        steps=28,
+        generate_guidance=3.0,
+        edit_guidance=3.0,
+        negative_prompt=" ",
+        fast=True,
+        fast_steps=32,
+        caption=":",
+        question="{}",
     ),
     "d-dit": Protocol(steps=28, caption_steps=128),
     "d-dit-open": Protocol(steps=28, caption_steps=128, question="Q: {} A:"),

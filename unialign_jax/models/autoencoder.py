@@ -382,8 +382,8 @@ class AutoencoderCodec:
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return scale(sample_posterior(mean, logvar, noise), self.config)
 
-    def encode(self, params: dict, images: jax.Array, noise: jax.Array | None = None) -> jax.Array:
-        return self.draw(self.moments(params, images), noise)
+    def encode(self, params: dict, images: jax.Array) -> jax.Array:
+        return self.draw(self.moments(params, images))
 
     def decode(self, params: dict, latents: jax.Array) -> jax.Array:
         def decode(latents):

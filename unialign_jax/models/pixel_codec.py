@@ -45,8 +45,8 @@ class Codec(Protocol):
         """Moments `[..., h, w, M]` -> scaled latents: a draw with the standard normal `noise`, the mean without."""
         ...
 
-    def encode(self, params: Any, images: jax.Array, noise: jax.Array | None = None) -> jax.Array:
-        """Images -> scaled latents: `draw` of their `moments`."""
+    def encode(self, params: Any, images: jax.Array) -> jax.Array:
+        """Images -> scaled latents: the mean of their `moments`."""
         ...
 
     def decode(self, params: Any, latents: jax.Array) -> jax.Array:
@@ -117,8 +117,8 @@ class PixelCodec:
         del noise
         return moments.astype(jnp.float32)
 
-    def encode(self, params: dict, images: jax.Array, noise: jax.Array | None = None) -> jax.Array:
-        return self.draw(self.moments(params, images), noise)
+    def encode(self, params: dict, images: jax.Array) -> jax.Array:
+        return self.draw(self.moments(params, images))
 
     def decode(self, params: dict, latents: jax.Array) -> jax.Array:
         """Inverse of `encode`: scaled latents `[B, h, w, 3*p*p]` -> images float32 `[B, h*p, w*p, 3]`, not clipped."""

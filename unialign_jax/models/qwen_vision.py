@@ -145,13 +145,13 @@ def _rotate(x: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
     return rotated.astype(x.dtype)
 
 
-def _attend_all(query: jax.Array, key: jax.Array, value: jax.Array, *, backend: str) -> jax.Array:
+def _attend_all(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """Attention of all tokens of `[B, rows, columns, heads, head_width]` to all tokens of their image."""
     flat = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (query, key, value))
-    return attend(*flat, backend=backend).reshape(query.shape)
+    return attend(*flat, backend="xla").reshape(query.shape)
 
 
-def _attend_windows(query: jax.Array, key: jax.Array, value: jax.Array, *, side: int, backend: str) -> jax.Array:
+def _attend_windows(query: jax.Array, key: jax.Array, value: jax.Array, *, side: int) -> jax.Array:
     """Attention within tiles of `side` x `side` tokens; those at the bottom and right edges may be smaller.
 
     The edge tiles are padded to full ones, and segments keep the padding apart.
@@ -169,7 +169,7 @@ def _attend_windows(query: jax.Array, key: jax.Array, value: jax.Array, *, side:
     segments = None
     if pad_rows or pad_columns:
         segments = split(jnp.ones((batch, rows, columns), jnp.int32))
-    attended = attend(*map(split, (query, key, value)), segments, backend=backend)
+    attended = attend(*map(split, (query, key, value)), segments, backend="xla")
     attended = jnp.swapaxes(attended.reshape(batch, down, across, height, width, *rest), 2, 3)
     return attended.reshape(batch, down * height, across * width, *rest)[:, :rows, :columns]
 
@@ -179,7 +179,6 @@ class _Block(nn.Module):
 
     config: QwenVisionConfig
     dtype: jnp.dtype
-    attention: str
 
     @nn.compact
     def __call__(self, x: jax.Array, attends_all: jax.Array, cosine: jax.Array, sine: jax.Array):
@@ -197,8 +196,8 @@ class _Block(nn.Module):
         # the square of all tokens; a scan over groups of blocks would tie the tree's layout to the pattern.)
         attended = jax.lax.cond(
             attends_all,
-            functools.partial(_attend_all, backend=self.attention),
-            functools.partial(_attend_windows, side=config.window_patches, backend=self.attention),
+            _attend_all,
+            functools.partial(_attend_windows, side=config.window_patches),
             _rotate(query, cosine, sine),
             _rotate(key, cosine, sine),
             value,
@@ -230,11 +229,10 @@ class _Merger(nn.Module):
 
 
 class QwenVisionTower(nn.Module):
-    """The tower. Parameters are float32; `dtype` is the compute dtype; `attention` as in `attention.attend`."""
+    """The tower. Parameters are float32; `dtype` is the compute dtype."""
 
     config: QwenVisionConfig
     dtype: jnp.dtype = jnp.bfloat16
-    attention: str = "xla"
 
     @nn.compact
     def __call__(self, patches: jax.Array) -> jax.Array:
@@ -261,5 +259,5 @@ class QwenVisionTower(nn.Module):
         )
         attends_all = jnp.isin(jnp.arange(config.depth), jnp.array(config.fullatt_block_indexes, jnp.int32))
         cosine, sine = _rotary(rows, columns, config.hidden_size // config.num_heads)
-        x, _ = blocks(config, self.dtype, self.attention, name="blocks")(x, attends_all, cosine, sine)
+        x, _ = blocks(config, self.dtype, name="blocks")(x, attends_all, cosine, sine)
         return _Merger(config, self.dtype, name="merger")(x)

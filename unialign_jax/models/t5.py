@@ -116,7 +116,7 @@ class _Block(nn.Module):
         up = dense(config.d_ff, ("embed", "mlp"), kernel_init=_normal(width), name="up")(y)
         y = nn.gelu(gate, approximate=True) * up
         x = x + dense(width, ("mlp", "embed"), kernel_init=_normal(config.d_ff), name="down")(y)
-        return constrain(x, "batch", None, None), None
+        return constrain(x, "batch", "sequence", None), None
 
 
 def _attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) -> jax.Array:
@@ -153,7 +153,7 @@ class T5Encoder(nn.Module):
         config = self.config
         width, heads, buckets = config.d_model, config.num_heads, config.relative_attention_num_buckets
         x = _Table(config.vocab_size, width, ("vocab", "embed"), nn.initializers.normal(1.0), name="token_embed")(ids)
-        x = constrain(x, "batch", None, None)
+        x = constrain(x, "batch", "sequence", None)
         bias = _Table(buckets, heads, (None, None), _normal(width), name="relative_bias")(
             relative_position_buckets(ids.shape[1], config)
         )

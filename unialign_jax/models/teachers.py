@@ -51,14 +51,12 @@ class QwenTeacher:
     Attributes:
       config: shapes; the defaults are Qwen2.5-VL-7B's.
       dtype: compute dtype of the tower; vectors are always averaged and returned in float32.
-      attention: see `attention.attend`.
 
     The parameters are `{"vision": ..., "token_embed": {"embedding": [vocab_size, out_hidden_size]}}`.
     """
 
     config: QwenTeacherConfig
     dtype: jnp.dtype = jnp.bfloat16
-    attention: str = "xla"
 
     @property
     def dim(self) -> int:
@@ -72,7 +70,7 @@ class QwenTeacher:
 
     @property
     def _tower(self) -> QwenVisionTower:
-        return QwenVisionTower(self.config, self.dtype, self.attention)
+        return QwenVisionTower(self.config, self.dtype)
 
     def init(self, key: jax.Array) -> Params:
         """Random parameters, float32, boxed with logical axis names."""

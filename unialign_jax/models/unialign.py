@@ -15,7 +15,7 @@ import numpy as np
 
 from unialign_jax.models.attention import attend
 from unialign_jax.models.attention_kernels import RESIDUALS
-from unialign_jax.models.layers import PRODUCTS, Dense, RMSNorm, layer_norm, mean_tokens
+from unialign_jax.models.layers import PRODUCTS, Dense, RMSNorm, layer_norm, mean_tokens, spread
 from unialign_jax.parallel import constrain
 
 NUM_NULL_TOKENS = 8
@@ -85,7 +85,8 @@ class Outputs(NamedTuple):
 
     image: velocity, float32 `[B, H, W, out_channels]`.
     text_logits: float32 `[B, T, V]`.
-    image_hidden: the target's tokens after the final norm, `[B, S, D]` (the raw null tokens `[B, 8, D]` without image).
+    image_hidden: the target's tokens after the final norm, `[B, S, D]` (without image, `[B, 8, D]`: the null tokens
+      after the blocks, not normed).
     text_hidden: text tokens after the final norm, `[B, T, D]`.
     image_semantic, text_semantic: adapter outputs, float32 `[B, semantic_dim]`.
     """
@@ -210,10 +211,10 @@ class _Stream(nn.Module):
     def update(self, x: jax.Array, attended: jax.Array, modulation: tuple[jax.Array, ...]) -> jax.Array:
         """Adds the gated attention output and the gated MLP to the residual stream `[B, S, D]`."""
         _, _, attention_gate, shift, scale, mlp_gate = modulation
-        x = x + attention_gate * self.out(attended.reshape(x.shape))
+        x = x + spread(attention_gate, x.shape, self.dtype) * self.out(attended.reshape(x.shape))
         y = (layer_norm(x) * (1 + scale) + shift).astype(self.dtype)
         y = constrain(nn.gelu(self.mlp_up(y), approximate=True), "batch", "sequence", "mlp")
-        return constrain(x + mlp_gate * self.mlp_down(y), "batch", "sequence", None)
+        return constrain(x + spread(mlp_gate, x.shape, self.dtype) * self.mlp_down(y), "batch", "sequence", None)
 
 
 class _JointBlock(nn.Module):

@@ -183,14 +183,14 @@ class Program:
         with jax.set_mesh(self.mesh):
             return jitted.lower(*arguments)
 
-    def parts(self, source: SourceConfig, size: tuple[int, int] | None = None) -> dict[str, Any]:
+    def parts(self, source: SourceConfig) -> dict[str, Any]:
         """The step's arguments by what they are for; see `batch`."""
         return {
             "parameters": self.state.params,
             "optimizer": self.state.opt_state,
             "ema": self.state.ema,
             "frozen": self.frozen,
-            "batch": self.batch(source, size),
+            "batch": self.batch(source),
         }
 
     def model_flops(self, source: SourceConfig, size: tuple[int, int] | None = None) -> int:
