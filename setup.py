@@ -6,12 +6,20 @@ from setuptools import find_packages, setup
 
 # The TPU compiler, for the ahead-of-time verdict: no TPU is needed to use it.
 TPU = ["jax[tpu]>=0.10.2,<0.12"]
-# torch is pinned, for the tests compare numbers with it. Its CPU wheels, from https://download.pytorch.org/whl/cpu and
-# installed first, spare the gigabytes of CUDA libraries that PyPI's bring.
-TEST = [*TPU, "diffusers>=0.35", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "torch==2.13.0", "transformers>=4.55"]
-
 # What etils and fsspec read and write gs:// with; it brings the client library that Orbax needs there.
 GCS = ["gcsfs>=2025.12"]
+# torch is pinned, for the tests compare numbers with it. Its CPU wheels, from https://download.pytorch.org/whl/cpu and
+# installed first, spare the gigabytes of CUDA libraries that PyPI's bring.
+TEST = [
+    *TPU,
+    *GCS,
+    "diffusers>=0.35",
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "ruff>=0.12",
+    "torch==2.13.0",
+    "transformers>=4.55",
+]
 
 setup(
     name="unialign_jax",

@@ -30,7 +30,7 @@ _AVERAGE = flags.DEFINE_bool("average", True, "Of a run, score the moving averag
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ("bfloat16", "float32"), "Compute dtype.")
 _STRATEGY = flags.DEFINE_string("strategy", "fsdp", "How the devices split weights and batch, as in training.")
 _BATCH = flags.DEFINE_integer("batch", 64, "Most items worked on at once.", lower_bound=1)
-_open_cache = cli.define_cache()
+_start = cli.define_cluster()
 flags.mark_flags_as_required(["checkpoint", "output"])
 
 
@@ -47,14 +47,16 @@ def main() -> None:
             raise ValueError(f"--{flag}: unknown {', '.join(unknown)}; there are {', '.join(known)}")
     things = [_things(text) for text in _THINGS.value]
     # Late: a wrong flag is said without loading JAX.
+    import jax
+
     from unialign_jax import parallel, storage
     from unialign_jax.evaluation import evaluate, scenes
     from unialign_jax.pipeline import UniAlignPipeline
 
-    changes = {"steps": _STEPS.value, "caption_steps": _STEPS.value, "answer_steps": _STEPS.value}
+    changes = dict.fromkeys(("steps", "caption_steps", "answer_steps", "fast_steps"), _STEPS.value)
     changes |= {"generate_guidance": _GUIDANCE.value, "edit_guidance": _GUIDANCE.value}
     protocol = dataclasses.replace(scenes.PROTOCOL, **{k: v for k, v in changes.items() if v is not None})
-    _open_cache()
+    _start()
     pipeline = UniAlignPipeline.from_pretrained(
         _CHECKPOINT.value,
         parallel.make_mesh(_STRATEGY.value),
@@ -78,8 +80,9 @@ def main() -> None:
             "dtype": _DTYPE.value,
         },
     )
-    for name, scores in tables.items():
-        print(f"\n{name}\n{scenes.table(scores)}")
+    if not jax.process_index():
+        for name, scores in tables.items():
+            print(f"\n{name}\n{scenes.table(scores)}")
 
 
 if __name__ == "__main__":

@@ -1,39 +1,39 @@
 """A whole run in an object store: data, tokenizer, logs, profile, checkpoints, and the model read from there.
 
-A local server speaks as much of Cloud Storage's protocol as TensorStore does, which reads and writes the arrays; all
-other files go through fsspec, for which a file system stands in that shows the same objects. As in a store there are no
-directories but those that have files in them.
+The real clients talk to a local server: TensorStore reads and writes the arrays, gcsfs all other files.
 """
 
-import http.server
 import importlib.util
+import io
 import json
 import pathlib
-import re
 import runpy
 import sys
-import threading
-import urllib.parse
+import tarfile
 
+import fsspec
 import jax
 import numpy as np
 import pytest
+from cloud_storage import Server
 from etils import epath
 from etils.epath import backend
-from fsspec.implementations.dirfs import DirFileSystem
-from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import _registry
-from orbax.checkpoint._src.path import gcs_utils
+from gcsfs import GCSFileSystem
+from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 from unialign_jax import exports, pretrained, storage
 from unialign_jax.checkpoints import Checkpoints
-from unialign_jax.data import scenes
+from unialign_jax.data import images, scenes
 from unialign_jax.data.build import build
-from unialign_jax.data.jsonl import JsonlSource
-from unialign_jax.data.sources import open_source
+from unialign_jax.data.jsonl import ConversationSource, JsonlSource
+from unialign_jax.data.samples import Refused
+from unialign_jax.data.sources import SourceConfig, open_source
 from unialign_jax.data.tokenizer import Tokenizer
+from unialign_jax.data.webdataset import TarSource
 from unialign_jax.networks import build_networks
+from unialign_jax.sampling.rows import FileRows
 from unialign_jax.training import loop, run_config, tokenizers, writers
 from unialign_jax.training.caching import caches_of
 from unialign_jax.training.precompute import precompute
@@ -42,120 +42,29 @@ pytestmark = pytest.mark.usefixtures("shared_compilations")
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Objects of all buckets as files under `root`: media, list, insert and delete of the JSON API."""
-
-    protocol_version = "HTTP/1.1"
-    root: pathlib.Path
-    lock = threading.Lock()
-
-    def log_message(self, *_):
-        pass
-
-    def answer(self, code: int, content: bytes | dict = b"", headers: dict | None = None) -> None:
-        body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(code)
-        for name, value in {"Content-Length": len(body), **(headers or {})}.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def parsed(self):
-        """(bucket's folder, object's file or None, parameters)"""
-        url = urllib.parse.urlsplit(self.path)
-        match = re.fullmatch(r"(?:/upload)?/storage/v1/b/([^/]+)/o(?:/(.+))?", url.path)
-        parameters = dict(urllib.parse.parse_qsl(url.query))
-        name = parameters.get("name") or (match[2] and urllib.parse.unquote(match[2]))
-        folder = self.root / match[1]
-        return folder, name and folder / name, parameters
-
-    @staticmethod
-    def generation(file: pathlib.Path) -> int:
-        return file.stat().st_mtime_ns if file.is_file() else 0
-
-    def do_GET(self):
-        folder, file, parameters = self.parsed()
-        with self.lock:
-            if file is None:
-                names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-                low, high = parameters.get("startOffset", ""), parameters.get("endOffset", "\U0010ffff")
-                prefix = parameters.get("prefix", "")
-                items = [{"name": n, "size": str((folder / n).stat().st_size), "generation": "1"} for n in names
-                         if n.startswith(prefix) and low <= n < high]  # fmt: skip
-                return self.answer(200, {"kind": "storage#objects", "items": items})
-            if not file.is_file():
-                return self.answer(404)
-            content, generation = file.read_bytes(), self.generation(file)
-        span = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
-        headers = {"x-goog-generation": generation, "x-goog-stored-content-length": len(content)}
-        if span:
-            start, stop = int(span[1] or 0), int(span[2]) + 1 if span[2] and span[1] else len(content)
-            start = start if span[1] else max(0, len(content) - int(span[2]))  # "-5": the last five bytes
-            stop = min(stop, len(content))
-            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
-            return self.answer(206, content[start:stop], headers)
-        self.answer(200, content, headers)
-
-    def do_POST(self):
-        _, file, parameters = self.parsed()
-        content = self.rfile.read(int(self.headers["Content-Length"]))
-        with self.lock:
-            wanted = parameters.get("ifGenerationMatch")
-            if wanted is not None and int(wanted) != self.generation(file):
-                return self.answer(412)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(content)
-            generation = self.generation(file)
-        self.answer(200, {"name": file.name, "generation": str(generation)})
-
-    def do_DELETE(self):
-        _, file, _ = self.parsed()
-        with self.lock:
-            if not file.is_file():
-                return self.answer(404)
-            file.unlink()
-        self.answer(204)
-
-
-class Objects(DirFileSystem):
-    """The same objects for fsspec. Directories come with the files in them and go with the last one."""
-
-    protocol = ("gcs", "gs")
-    root: pathlib.Path
-
-    def __init__(self, **_):
-        super().__init__(path=str(self.root), fs=LocalFileSystem(auto_mkdir=True))
-
-    def mkdir(self, path, *_, **__):
-        pass
-
-    makedirs = mkdir
-
-    def mv(self, path1, path2, **_):
-        super().mv(path1, path2, recursive=True)
-
-    rename = mv
-
-
 @pytest.fixture(scope="module")
-def bucket(tmp_path_factory):
-    """A bucket's address."""
-    root = tmp_path_factory.mktemp("buckets")
-    Handler.root = Objects.root = root
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+def server():
+    """What serves the bucket, to look at its objects and count its requests."""
+    server = Server().start()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{server.server_port}")
+        patch.setenv("STORAGE_EMULATOR_HOST", server.address)  # gcsfs, Google's client
+        patch.setenv("TENSORSTORE_GCS_HTTP_URL", server.address)
+        patch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", server.address)  # ArrayRecord's reader
         patch.setenv(
-            "CLOUD_STORAGE_EMULATOR_ENDPOINT", f"http://127.0.0.1:{server.server_port}"
-        )  # ArrayRecord's reader
-        patch.setenv("GCE_METADATA_ROOT", f"127.0.0.1:{server.server_port}")  # there are no credentials to be found
-        patch.setattr(gcs_utils, "is_hierarchical_namespace_enabled", lambda path: False)
-        patch.setitem(_registry, "gcs", Objects)
+            "GCE_METADATA_ROOT", server.address.removeprefix("http://")
+        )  # there are no credentials to be found
+        patch.setenv("FSSPEC_GCS_TOKEN", "anon")  # of worker processes
+        patch.setitem(fsspec.config.conf, "gcs", fsspec.config.conf["gcs"] | {"token": "anon"})
         backend.fsspec_backend._get_filesystem.cache_clear()
-        yield "gs://bucket"
+        yield server
         backend.fsspec_backend._get_filesystem.cache_clear()
     server.shutdown()
+
+
+@pytest.fixture
+def bucket(server):
+    """A bucket's address."""
+    return "gs://bucket"
 
 
 def test_a_missing_client_is_named(monkeypatch):
@@ -165,8 +74,7 @@ def test_a_missing_client_is_named(monkeypatch):
         storage.absolute("gs://bucket/a")
 
 
-def test_paths(monkeypatch):
-    monkeypatch.setitem(_registry, "gcs", Objects)
+def test_paths():
     assert str(storage.absolute("gs://bucket/a")) == "gs://bucket/a" and storage.is_remote(epath.Path("gs://bucket"))
     assert storage.absolute("a") == epath.Path(pathlib.Path.cwd() / "a") and not storage.is_remote("a")
 
@@ -217,12 +125,12 @@ def losses(folder: epath.Path) -> dict[int, float]:
 
 def test_an_outage_while_logging_loses_nothing(bucket, monkeypatch, caplog):
     writer = writers.make_writer(f"{bucket}/log")
-    real = Objects.open
-    monkeypatch.setattr(Objects, "open", lambda *_, **__: (_ for _ in ()).throw(OSError("outage")))
+    real = GCSFileSystem.open
+    monkeypatch.setattr(GCSFileSystem, "open", lambda *_, **__: (_ for _ in ()).throw(OSError("outage")))
     writer.write_scalars(1, {"loss": 0.5})
     writer.flush()
     assert "outage" in caplog.text
-    monkeypatch.setattr(Objects, "open", real)
+    monkeypatch.setattr(GCSFileSystem, "open", real)
     writer.write_scalars(2, {"loss": 0.25})
     writer.flush()
     assert losses(epath.Path(bucket) / "log") == {1: 0.5, 2: 0.25}
@@ -232,7 +140,7 @@ def test_an_outage_while_logging_loses_nothing(bucket, monkeypatch, caplog):
         written.append(path)
         return real(self, path, *arguments, **options)
 
-    monkeypatch.setattr(Objects, "open", noting)
+    monkeypatch.setattr(GCSFileSystem, "open", noting)
     writer.flush()
     assert not written  # nothing is new
     monkeypatch.setattr(writers, "_LARGE", 1)
@@ -325,3 +233,54 @@ def test_caches(bucket, tmp_path):
         held.append((rows, opened["instructions"].null_states()))
     assert len(held[0][0]) == 12
     jax.tree.map(np.testing.assert_array_equal, *held)
+
+
+def test_a_file_is_scanned_in_few_requests(bucket, server, tmp_path):
+    """fsspec alone would send one for each line, and fetch 5 MB with it."""
+    turns = [{"from": "gpt", "value": "x" * 99}]
+    rows = [{"image": "a.png", "conversations": [{"from": "human", "value": f"{i}?"}, *turns]} for i in range(1000)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i in range(200):
+            for suffix, content in (("txt", b"a word"), ("png", bytes(1000))):
+                about = tarfile.TarInfo(f"{i}.{suffix}")
+                about.size = len(content)
+                tar.addfile(about, io.BytesIO(content))
+    for name, content in (("p.txt", lines), ("c.jsonl", lines), ("a.tar", (tmp_path / "a.tar").read_bytes())):
+        (epath.Path(bucket) / "scan" / name).write_bytes(content)
+    server.requests.clear()
+    prompts = FileRows("generate", 0, f"{bucket}/scan/p.txt")
+    assert [row.prompt for row in prompts] == lines.decode().splitlines()
+    conversations = ConversationSource(f"{bucket}/scan/c.jsonl")
+    assert len(conversations) == 1000 and len(TarSource(f"{bucket}/scan/a.tar")) == 200
+    assert max(server.requests.values()) < 12, server.requests
+    server.requests.clear()
+    assert conversations[7].question == "7?"
+    assert server.requests == {("GET", "scan/c.jsonl"): 1}
+
+
+def test_an_image_is_one_request(bucket, server):
+    picture = io.BytesIO()
+    Image.effect_noise((300, 200), 50).convert("RGB").save(picture, "PNG")
+    (epath.Path(bucket) / "pictures" / "a.png").write_bytes(picture.getvalue())
+    server.requests.clear()
+    assert images.upright_size(f"{bucket}/pictures/a.png") == (200, 300)
+    assert images.load(f"{bucket}/pictures/a.png", 20, 30).shape == (20, 30, 3)
+    assert server.requests == {("GET", "pictures/a.png"): 2}
+    with pytest.raises(Refused, match="no such file"):
+        images.upright_size(f"{bucket}/pictures/b.png")
+
+
+def test_a_build_by_several_processes(bucket, tmp_path):
+    """What one process has listed, others write into."""
+    scenes.write_corpus(tmp_path, count=8, size=16, chosen=["generate"])
+    source = JsonlSource(tmp_path / "generate.jsonl")
+    build(source, f"{bucket}/built", rows_per_shard=2, processes=2)
+    built = open_source(SourceConfig(f"{bucket}/built", "tfds"))
+    assert [built[i].caption for i in range(len(built))] == [source[i].caption for i in range(8)]
+
+
+def test_images_of_prompts_may_lie_elsewhere(bucket):
+    (epath.Path(bucket) / "rows" / "edits.jsonl").write_text('{"image": "../pictures/a.png", "instruction": "turn it"}')
+    [row] = FileRows("edit", 0, f"{bucket}/rows/edits.jsonl")
+    assert row.images == (f"{bucket}/pictures/a.png",)

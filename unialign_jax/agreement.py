@@ -17,7 +17,12 @@ _TIMEOUT = 3600
 
 
 class FailedElsewhere(ValueError):
-    """Another process failed, with an error of a class that is unknown here. The message says which and why."""
+    """Another process failed, with an error of a class that is unknown here. The message says which and why.
+
+    `final` is that error's, see `cli.run`.
+    """
+
+    final = False
 
 
 def everywhere(call: Callable[[], T], *errors: type[Exception]) -> T:
@@ -40,16 +45,19 @@ def everywhere(call: Callable[[], T], *errors: type[Exception]) -> T:
         result = call()
     except Exception as error:  # of any kind: the others must hear of it, and it is raised below
         failure = error
-    outcomes = gather(None if failure is None else [type(failure).__name__, str(failure)])
+    final = getattr(failure, "final", False)
+    outcomes = gather(None if failure is None else [type(failure).__name__, str(failure), final])
     failed = [index for index, outcome in enumerate(outcomes) if outcome is not None]
     if not failed:
         return result
     if failed[0] == jax.process_index():
         raise failure
-    name, message = outcomes[failed[0]]
+    name, message, final = outcomes[failed[0]]
     kind = next((error for error in errors if error.__name__ == name), None)
     if kind is None:
-        raise FailedElsewhere(f"process {failed[0]} failed: {name}: {message}") from failure
+        elsewhere = FailedElsewhere(f"process {failed[0]} failed: {name}: {message}")
+        elsewhere.final = final
+        raise elsewhere from failure
     raise kind(message) from failure
 
 

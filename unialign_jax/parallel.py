@@ -40,6 +40,12 @@ MAX_REPLICATED = 0.02
 FREE_BYTES = 2**20  # so many may be whole in any case: the biases of a very small model are a large share of it
 
 
+class PlanError(ValueError):
+    """A strategy, or what it is to split, that the devices can't take."""
+
+    final = True  # see `cli.run`
+
+
 def mesh_shape(strategy: str, devices: int, slices: int = 1) -> tuple[int, int, int, int]:
     """The sizes of `AXES` that a strategy means on a number of devices.
 
@@ -59,24 +65,24 @@ def mesh_shape(strategy: str, devices: int, slices: int = 1) -> tuple[int, int, 
     for part in strategy.split("+"):
         axis, equals, size = part.partition("=")
         if axis not in AXES or axis in sizes or (equals and not (size.isdecimal() and int(size) > 0)):
-            raise ValueError(
+            raise PlanError(
                 f"strategy {strategy!r}: {part!r} is wrong; expected axes of {', '.join(AXES)}, each at most once and "
                 "optionally with a size, joined by '+', such as fsdp+tensor=8"
             )
         sizes[axis] = int(size) if equals else DEFAULT_SIZES.get(axis)
     rest = [axis for axis, size in sizes.items() if size is None]
     if len(rest) > 1:
-        raise ValueError(f"strategy {strategy!r}: one of data and fsdp needs a size, such as data=2+fsdp")
+        raise PlanError(f"strategy {strategy!r}: one of data and fsdp needs a size, such as data=2+fsdp")
     sizes = {axis: sizes.get(axis, slices if axis == "data" else 1) for axis in AXES}
     fixed = math.prod(size for size in sizes.values() if size is not None)
     if devices % fixed or (not rest and fixed != devices):
-        raise ValueError(
+        raise PlanError(
             f"strategy {strategy!r} takes {'a multiple of ' if rest else ''}{fixed} devices, but there are {devices}"
             + (f" in {slices} slices" if slices > 1 else "")
         )
     shape = tuple(devices // fixed if size is None else size for size in sizes.values())
     if shape[0] % slices:
-        raise ValueError(
+        raise PlanError(
             f"strategy {strategy!r}: data={shape[0]} is no multiple of the {slices} slices, which only it can span"
         )
     return shape
@@ -124,7 +130,7 @@ def check_batch(mesh: Mesh, batch: int, micro_batches: int = 1) -> None:
     """
     parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * micro_batches
     if batch % parts:
-        raise ValueError(
+        raise PlanError(
             f"a global batch of {batch} cannot be split over data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} "
             f"devices and {micro_batches} micro-batch(es); make it a multiple of {parts}"
         )
@@ -137,7 +143,7 @@ def check_heads(mesh: Mesh, heads: int) -> None:
       ValueError: naming both numbers and what to change.
     """
     if heads % mesh.shape["tensor"]:
-        raise ValueError(
+        raise PlanError(
             f"{heads} attention heads cannot be split over tensor={mesh.shape['tensor']} devices; choose a strategy "
             "whose tensor size divides them"
         )
@@ -212,7 +218,7 @@ def _check_replication(abstract: Any, shardings: Any, mesh: Mesh) -> None:
     share, copied = copied_share(abstract, shardings, parts)
     if share > MAX_REPLICATED and sum(size for _, size in copied) > FREE_BYTES:
         largest = ", ".join(f"{name} ({size / 2**20:.1f} MiB)" for name, size in copied[:5])
-        raise ValueError(
+        raise PlanError(
             f"{share:.1%} of the parameter bytes would be copied to every device of the mesh {dict(mesh.shape)}, more "
             f"than {MAX_REPLICATED:.0%}: {largest}; choose axis sizes that divide them"
         )

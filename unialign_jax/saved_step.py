@@ -25,6 +25,8 @@ class CheckpointError(ValueError):
 class WrongArchitecture(CheckpointError):
     """The checkpoint is whole, but its arrays are not those of the network that was asked for."""
 
+    final = True  # see `cli.run`
+
 
 class DamagedCheckpoint(CheckpointError):
     """A step whose files are missing, cut short or altered."""

@@ -4,14 +4,20 @@
 """
 
 import contextlib
+import io
 import os
 import pathlib
 import posixpath
 import tempfile
 from collections.abc import Iterator
+from typing import IO
 
 import fsspec
 from etils import epath
+
+# What other processes write has to be seen: gcsfs would keep for good what a directory held when it was first listed.
+fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+_READ_AHEAD = 8 * 2**20  # bytes of a remote file that are fetched at once
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -33,14 +39,31 @@ def absolute(path: epath.PathLike) -> epath.Path:
     return epath.Path(path) if is_remote(path) else epath.Path(path).expanduser().resolve()
 
 
+def read(path: epath.Path) -> bytes:
+    """A file's content; of a remote one in a single request."""
+    return _client(path).cat_file(str(path)) if is_remote(path) else path.read_bytes()
+
+
 def read_range(path: epath.Path, start: int, end: int) -> bytes:
     """Bytes `start` to `end` of a file. Of a remote one these alone are fetched: `open` would fetch megabytes."""
     if is_remote(path):
-        scheme = str(path).partition("://")[0]
-        return fsspec.filesystem("gcs" if scheme == "gs" else scheme).cat_file(str(path), start=start, end=end)
+        return _client(path).cat_file(str(path), start=start, end=end)
     with path.open("rb") as file:
         file.seek(start)
         return file.read(end - start)
+
+
+def open_to_scan(path: epath.Path) -> IO[bytes]:
+    """A file that is read from the front to the back in small pieces, such as lines.
+
+    Of a remote one, large parts are fetched; fsspec alone would send a request for each line, and fetch 5 MB with it.
+    """
+    return io.BufferedReader(path.open("rb"), _READ_AHEAD) if is_remote(path) else path.open("rb")
+
+
+def _client(path: epath.Path) -> fsspec.AbstractFileSystem:
+    scheme = str(path).partition("://")[0]
+    return fsspec.filesystem("gcs" if scheme == "gs" else scheme)
 
 
 def beside(file: epath.Path, name: str) -> str:

@@ -3,6 +3,11 @@
 import itertools
 import json
 import multiprocessing
+import os
+import pathlib
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -138,6 +143,37 @@ def test_worker_processes_change_nothing(write_rows, learned):
         assert expected.keys() == batch.keys()
         for key in expected:
             np.testing.assert_array_equal(expected[key], batch[key])
+
+
+RUN = """
+import multiprocessing, sys, time
+from absl import flags
+from small_batches import Bytes, config
+from unialign_jax.data.pipeline import make_batches
+
+if __name__ == "__main__":
+    flags.FLAGS(sys.argv)
+    batches = make_batches(config(sys.argv[1], workers=2), Bytes())
+    next(batches)
+    print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+    time.sleep(600)
+"""
+
+
+def test_workers_end_with_a_run_that_is_killed(write_rows, tmp_path):
+    (tmp_path / "run.py").write_text(RUN)
+    here = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parent)}
+    run = subprocess.Popen(
+        [sys.executable, str(tmp_path / "run.py"), str(write_rows(40))], stdout=subprocess.PIPE, text=True, env=here
+    )
+    workers = [int(pid) for pid in run.stdout.readline().split()]
+    run.kill()
+    run.wait()
+    assert len(workers) == 2
+    until = time.monotonic() + 60
+    while alive := [pid for pid in workers if pathlib.Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < until, f"{alive} still run"
+        time.sleep(0.1)
 
 
 def test_workers_that_are_told_to_stop_go_on(write_rows, learned):

@@ -48,6 +48,8 @@ _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloa
 class CacheMismatch(ValueError):
     """A cache that is not of this data, these networks or these settings. The message says what differs."""
 
+    final = True  # see `cli.run`
+
 
 @dataclasses.dataclass(frozen=True)
 class Description:

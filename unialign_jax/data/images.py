@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from unialign_jax import storage
 from unialign_jax.data.samples import Cause, Refused
 
 # Named, so that none of Pillow's other readers (EPS runs an interpreter) is ever reached by training data.
@@ -110,7 +111,8 @@ def _open(path: str) -> Iterator[IO[bytes]]:
     except KeyError:
         raise Refused(Cause.MISSING_IMAGE, f"{name}: expected a local path or gs://") from None
     try:
-        with place.open("rb") as file:
+        # Of a remote file Pillow's many small reads would each be a request.
+        with io.BytesIO(storage.read(place)) if storage.is_remote(path) else place.open("rb") as file:
             yield file
     except Refused:
         raise

@@ -143,7 +143,7 @@ class _Rows:
         return storage.read_range(self._file, start, start + int(self._lengths[index]))
 
     def __iter__(self) -> Iterator[bytes]:
-        with self._file.open("rb") as file:
+        with storage.open_to_scan(self._file) as file:
             for start, length in zip(self._starts, self._lengths, strict=True):
                 file.seek(int(start))
                 yield file.read(int(length))

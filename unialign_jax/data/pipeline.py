@@ -99,6 +99,12 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return first | {"slots": slots, "reports": [Report.merge(parts) for parts in reports]}
 
 
+class DataChanged(ValueError):
+    """A saved state of the pipeline is not of this configuration and these files."""
+
+    final = True  # see `cli.run`
+
+
 class Batches(Iterator[dict[str, np.ndarray]]):
     """Endless host batches; made by `make_batches`. B is the batch of this host, N the source's `references`, H x W the
     bucket's size.
@@ -268,7 +274,7 @@ class _Plan:
     def check(self, state: dict[str, Any]) -> None:
         for key, here in self.identity().items():
             if state.get(key) != here:
-                raise ValueError(
+                raise DataChanged(
                     f"the data state was saved with {key} = {state.get(key)!r}, this pipeline has {here!r}: it "
                     "can't go on exactly. Use the same configuration and files, or start anew."
                 )

@@ -12,6 +12,12 @@ class CorpusError(ValueError):
     """A source that can't be trained on as it is. The message names the file and says what to do."""
 
 
+class TooManyRefused(CorpusError):
+    """More rows of a source can't be used than are allowed."""
+
+    final = True  # see `cli.run`
+
+
 class Report:
     """How many rows of one source were read, and which could not be used.
 
@@ -66,7 +72,7 @@ class Report:
 
     def too_many(self) -> CorpusError:
         """The error that stops training."""
-        return CorpusError(
+        return TooManyRefused(
             f"too many rows can't be used: {self}\nMend or remove these rows, or raise the limit (refused_share)."
         )
 

@@ -3,7 +3,10 @@
 import dataclasses
 import functools
 import math
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -127,8 +130,17 @@ def read_ahead(elements: grain.MapDataset, config: DataConfig) -> grain.IterData
 
 
 def _work_to_the_end(index: int, count: int) -> None:
-    """Told to stop with all processes of its group, a worker goes on: the run still takes steps before it saves."""
+    """Told to stop with all processes of its group, a worker goes on: the run still takes steps before it saves.
+
+    It ends with the run's process, also if that is killed and can tell it nothing.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 @dataclasses.dataclass(frozen=True)

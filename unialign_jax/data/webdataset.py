@@ -114,7 +114,7 @@ def _samples_of(tar: epath.Path) -> Iterator[tuple[str, _Members]]:
     """(name, files) of each sample; files of one sample that don't stand together make several, as in WebDataset."""
     last, members = None, {}
     try:
-        with tar.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+        with storage.open_to_scan(tar) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 if not member.isfile():
                     continue

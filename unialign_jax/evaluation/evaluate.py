@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from PIL import Image
@@ -47,6 +48,7 @@ def evaluate_scenes(
       count: examples per task and table.
       protocol: steps and guidance.
       about: further facts for scores.json, such as the checkpoint's name.
+    With several processes all call it, and process 0 writes.
 
     Returns:
       Scores by table: "test, 1-2 things" and so on.
@@ -57,7 +59,6 @@ def evaluate_scenes(
     for subset, counts, task in itertools.product(subsets, things, tasks):
         usable_counts(task, subset, counts)
     directory = epath.Path(output)
-    directory.mkdir(parents=True, exist_ok=True)
     tables: dict[str, list[scenes.Score]] = {}
     facts = {**(about or {}), "count": count, "seed": scenes.SEED, "protocol": dataclasses.asdict(protocol)}
     lines = []
@@ -69,11 +70,16 @@ def evaluate_scenes(
             outputs = scenes.run(pipeline, task, count, subset=subset, counts=counts, protocol=protocol)
             tables[name] += scenes.summarize(outputs)
             lines += [_line(name, item) for item in outputs]
+            if jax.process_index():
+                continue  # all have sampled together and know the same; one writes
             folder = directory / f"{subset}-{span}"
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             with (folder / f"{task}.png").open("wb") as file:
                 Image.fromarray(grid(outputs[:_SHOWN], pipeline.size[0])).save(file, "PNG")
-        _write_scores(directory, facts, tables, lines)  # with each table: an interrupted evaluation keeps the others
+        if not jax.process_index():
+            _write_scores(
+                directory, facts, tables, lines
+            )  # with each table: an interrupted evaluation keeps the others
     return tables
 
 

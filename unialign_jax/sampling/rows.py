@@ -121,7 +121,7 @@ class FileRows(Rows):
         if not self._is_json and task in NEEDS_IMAGE:
             raise ValueError(f"{self._path}: lines of a text file are prompts, but {task} needs images: use JSONL")
         digest = hashlib.sha256()
-        with self._path.open("rb") as file:
+        with storage.open_to_scan(self._path) as file:
             for line in file:
                 digest.update(line)
                 self.count += bool(line.strip())
@@ -131,7 +131,7 @@ class FileRows(Rows):
 
     def __iter__(self) -> Iterator[Row]:
         index = 0
-        with self._path.open("rb") as file:
+        with storage.open_to_scan(self._path) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield self._parse(index, number, line)
@@ -152,6 +152,4 @@ class FileRows(Rows):
         row = self._row(index, prompt, images, value.get("seed"))
         if row.error is not None:
             return dataclasses.replace(row, error=f"{self._path}, line {number}: {row.error}")
-        here = self._path.parent
-        paths = (path if storage.is_remote(path) else str(here / path) for path in row.images)
-        return dataclasses.replace(row, images=tuple(paths))
+        return dataclasses.replace(row, images=tuple(storage.beside(self._path, path) for path in row.images))

@@ -1,0 +1,172 @@
+"""As much of Cloud Storage's JSON API as its clients need here, in memory: gcsfs, TensorStore, ArrayRecord, Orbax.
+
+As in a real store there are no directories, and names are taken as they are.
+"""
+
+import collections
+import http.server
+import json
+import re
+import threading
+import urllib.parse
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Listens on a free port of this machine from `start` on.
+
+    Attributes:
+      objects: (bucket, name) -> (content, generation).
+      requests: (method, name of the object or "" for a list) -> how many there were.
+      address: "http://…"
+    """
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.objects: dict[tuple[str, str], tuple[bytes, int]] = {}
+        self.uploads: dict[str, bytes] = {}
+        self.requests: collections.Counter[tuple[str, str]] = collections.Counter()
+        self.generation = 0
+        self.lock = threading.Lock()
+        self.address = f"http://127.0.0.1:{self.server_port}"
+
+    def start(self) -> "Server":
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def put(self, key: tuple[str, str], content: bytes) -> None:
+        self.generation += 1
+        self.objects[key] = content, self.generation
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def setup(self):
+        super().setup()
+        self.store: Server = self.server
+
+    def _answer(self, code: int, content: bytes | dict = b"", **headers: object) -> None:
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        kind = "application/octet-stream" if isinstance(content, bytes) else "application/json"
+        self.send_response(code)
+        for name, value in {"Content-Length": len(body), "Content-Type": kind, **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _asked(self, content: bytes = b"") -> tuple[list[str], dict[str, str], bytes]:
+        """The path behind `b/` in its parts, the parameters and what came with the request, which is counted."""
+        url = urllib.parse.urlsplit(self.path)
+        where = re.fullmatch(r"(?:/upload|/download)?(?:/storage/v1)?/b/(.*)", url.path)
+        parts = [urllib.parse.unquote(part) for part in where[1].split("/")] if where else []
+        parameters = dict(urllib.parse.parse_qsl(url.query))
+        name = parameters.get("name") or (parts[2] if len(parts) > 2 else "")
+        with self.store.lock:
+            self.store.requests[self.command, name] += 1
+        content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        return parts, parameters, content
+
+    def _about(self, key: tuple[str, str]) -> dict:
+        content, generation = self.store.objects[key]
+        bucket, name = key
+        link = f"{self.store.address}/download/storage/v1/b/{bucket}/o/{urllib.parse.quote(name, safe='')}?alt=media"
+        about = {"kind": "storage#object", "bucket": bucket, "name": name, "size": str(len(content))}
+        return about | {"generation": str(generation), "metageneration": "1", "mediaLink": link}
+
+    def do_GET(self):
+        parts, parameters, _ = self._asked()
+        with self.store.lock:
+            if len(parts) == 1:
+                return self._answer(200, {"kind": "storage#bucket", "name": parts[0]})
+            if len(parts) == 2:
+                return self._answer(200, self._list(parts[0], parameters))
+            if len(parts) != 3 or (parts[0], parts[2]) not in self.store.objects:
+                return self._answer(404, {"error": {"code": 404, "message": f"No such object: {'/'.join(parts)}"}})
+            key = parts[0], parts[2]
+            if parameters.get("alt") != "media":
+                return self._answer(200, self._about(key))
+            content, generation = self.store.objects[key]
+        headers = {"x_goog_generation": generation, "x_goog_stored_content_length": len(content)}
+        span = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
+        if span is None:
+            return self._answer(200, content, **headers)
+        start = int(span[1]) if span[1] else max(0, len(content) - int(span[2]))  # "-5": the last five bytes
+        stop = min(int(span[2]) + 1 if span[1] and span[2] else len(content), len(content))
+        if start >= stop:
+            return self._answer(416)
+        self._answer(206, content[start:stop], Content_Range=f"bytes {start}-{stop - 1}/{len(content)}", **headers)
+
+    def _list(self, bucket: str, parameters: dict[str, str]) -> dict:
+        prefix, delimiter = parameters.get("prefix", ""), parameters.get("delimiter", "")
+        low, high = parameters.get("startOffset", ""), parameters.get("endOffset", "\U0010ffff")
+        items, prefixes = [], set()
+        for key in sorted(key for key in self.store.objects if key[0] == bucket and key[1].startswith(prefix)):
+            inside, more, _ = key[1].removeprefix(prefix).partition(delimiter or "\0")
+            if more:
+                prefixes.add(prefix + inside + delimiter)
+            elif low <= key[1] < high:
+                items.append(self._about(key))
+        items = items[: int(parameters.get("maxResults", len(items)))]
+        return {"kind": "storage#objects", "items": items, "prefixes": sorted(prefixes)}
+
+    def do_POST(self):
+        parts, parameters, content = self._asked()
+        kind = parameters.get("uploadType")
+        with self.store.lock:
+            if len(parts) > 3:  # b/BUCKET/o/NAME/moveTo/o/NAME, b/BUCKET/o/NAME/rewriteTo/b/BUCKET/o/NAME
+                bucket, _, name, verb, *place = parts
+                source, target = (bucket, name), (bucket if verb == "moveTo" else place[1], place[-1])
+                if source not in self.store.objects:
+                    return self._answer(404, {"error": {"code": 404, "message": f"No such object: {name}"}})
+                self.store.put(target, self.store.objects[source][0])
+                if verb == "moveTo":
+                    del self.store.objects[source]
+                return self._answer(200, {"done": True, "resource": self._about(target)} | self._about(target))
+            if "upload_id" in parameters:
+                return self._go_on(parts[0], parameters, content)
+            if kind == "resumable":
+                name = parameters.get("name") or json.loads(content)["name"]
+                number = f"{len(self.store.uploads)}"
+                self.store.uploads[number] = b""
+                query = urllib.parse.urlencode({"name": name, "upload_id": number})
+                place = f"{self.store.address}/upload/storage/v1/b/{parts[0]}/o?{query}"
+                return self._answer(200, {}, Location=place)
+            if kind == "multipart":
+                mark = re.search(r"boundary=[\"']?([^\"']+)", self.headers["Content-Type"])[1].encode()
+                about, rest = content.split(b"--" + mark, 2)[1:]
+                name = json.loads(about.split(b"\n\n", 1)[1])["name"]
+                content = rest.split(b"\n\n", 1)[1].rsplit(b"\n--" + mark, 1)[0]
+            else:
+                name = parameters["name"]
+            wanted = parameters.get("ifGenerationMatch")
+            if wanted is not None and int(wanted) != self.store.objects.get((parts[0], name), (b"", 0))[1]:
+                return self._answer(412)
+            self.store.put((parts[0], name), content)
+            self._answer(200, self._about((parts[0], name)))
+
+    def do_PUT(self):
+        parts, parameters, content = self._asked()
+        with self.store.lock:
+            self._go_on(parts[0], parameters, content)
+
+    def _go_on(self, bucket: str, parameters: dict[str, str], content: bytes) -> None:
+        """Takes the next part of a large object; the last one says how long it is."""
+        number = parameters["upload_id"]
+        self.store.uploads[number] += content
+        if self.headers.get("Content-Range", "").endswith("/*"):
+            return self._answer(308, b"", Range=f"bytes=0-{len(self.store.uploads[number]) - 1}")
+        self.store.put((bucket, parameters["name"]), self.store.uploads.pop(number))
+        self._answer(200, self._about((bucket, parameters["name"])))
+
+    def do_DELETE(self):
+        parts, _, _ = self._asked()
+        with self.store.lock:
+            found = self.store.objects.pop((parts[0], parts[2]), None)
+        if found is None:
+            return self._answer(404, {"error": {"code": 404, "message": f"No such object: {parts[2]}"}})
+        self._answer(204)
