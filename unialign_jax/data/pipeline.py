@@ -167,7 +167,8 @@ class Batches(Iterator[dict[str, np.ndarray]]):
           state: of the whole pipeline. The host with slot 0 takes over the reports; the others' start from nothing.
 
         Raises:
-          ValueError: the state is of another seed, global batch or set of sources, or of some hosts only.
+          DataChanged: the state is of another seed, global batch or set of sources.
+          ValueError: it is of some hosts only.
         """
         self._plan.check(state)
         self.close()
