@@ -7,6 +7,7 @@ Prints the tables, and writes them with the model's outputs and pictures to the 
 """
 
 import dataclasses
+import math
 
 from absl import flags
 
@@ -57,12 +58,14 @@ def main() -> None:
     changes |= {"generate_guidance": _GUIDANCE.value, "edit_guidance": _GUIDANCE.value}
     protocol = dataclasses.replace(scenes.PROTOCOL, **{k: v for k, v in changes.items() if v is not None})
     _start()
+    mesh = parallel.make_mesh(_STRATEGY.value)
+    parts = math.prod(mesh.shape[axis] for axis in parallel.BATCH_AXES)
     pipeline = UniAlignPipeline.from_pretrained(
         _CHECKPOINT.value,
-        parallel.make_mesh(_STRATEGY.value),
+        mesh,
         dtype=_DTYPE.value,
         average=_AVERAGE.value,
-        max_batch=min(_BATCH.value, _COUNT.value),
+        max_batch=-(-min(_BATCH.value, _COUNT.value) // parts) * parts,
         single_size=True,
     )
     tables = evaluate.evaluate_scenes(

@@ -18,6 +18,7 @@ class Server(http.server.ThreadingHTTPServer):
       objects: (bucket, name) -> (content, generation).
       requests: (method, name of the object or "" for a list) -> how many there were.
       address: "http://…"
+      broken: name of an object whose upload fails after its first part, or "".
     """
 
     daemon_threads = True
@@ -27,7 +28,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.objects: dict[tuple[str, str], tuple[bytes, int]] = {}
         self.uploads: dict[str, bytes] = {}
         self.requests: collections.Counter[tuple[str, str]] = collections.Counter()
-        self.generation = 0
+        self.generation, self.broken = 0, ""
         self.lock = threading.Lock()
         self.address = f"http://127.0.0.1:{self.server_port}"
 
@@ -111,8 +112,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 prefixes.add(prefix + inside + delimiter)
             elif low <= key[1] < high:
                 items.append(self._about(key))
-        items = items[: int(parameters.get("maxResults", len(items)))]
-        return {"kind": "storage#objects", "items": items, "prefixes": sorted(prefixes)}
+        start, most = int(parameters.get("pageToken", 0)), int(parameters.get("maxResults", 1000))
+        page = {"nextPageToken": str(start + most)} if len(items) > start + most else {}
+        items = items[start : start + most]
+        return {"kind": "storage#objects", "items": items, "prefixes": sorted(prefixes), **page}
 
     def do_POST(self):
         parts, parameters, content = self._asked()
@@ -157,14 +160,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _go_on(self, bucket: str, parameters: dict[str, str], content: bytes) -> None:
         """Takes the next part of a large object; the last one says how long it is."""
         number = parameters["upload_id"]
+        if parameters["name"] == self.store.broken and self.store.uploads[number]:
+            return self._answer(400, {"error": {"code": 400, "message": "broken"}})
         self.store.uploads[number] += content
-        if self.headers.get("Content-Range", "").endswith("/*"):
+        whole = self.headers.get("Content-Range", "*/*").rpartition("/")[2]
+        if whole == "*" and content or whole.isdecimal() and len(self.store.uploads[number]) < int(whole):
             return self._answer(308, b"", Range=f"bytes=0-{len(self.store.uploads[number]) - 1}")
         self.store.put((bucket, parameters["name"]), self.store.uploads.pop(number))
         self._answer(200, self._about((bucket, parameters["name"])))
 
     def do_DELETE(self):
-        parts, _, _ = self._asked()
+        parts, parameters, _ = self._asked()
+        if "upload_id" in parameters:
+            return self._answer(499)  # as the real one says that an upload is given up
         with self.store.lock:
             found = self.store.objects.pop((parts[0], parts[2]), None)
         if found is None:

@@ -7,8 +7,6 @@ import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# gcsfs would ask over gRPC, past the tests' server, what kind of bucket it has; it decides when it is imported.
-os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 # Programs of several CPU devices can't be read from a cache, see `compilation_cache`.
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 # The tests' programs are tiny: compiling them is most of the time, and this leaves a quarter of it.

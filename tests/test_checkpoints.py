@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from unialign_jax.checkpoints import Checkpoints, Replaced
@@ -365,3 +366,18 @@ def test_checksum_formula_and_what_it_notices():
         {**base, "x": jnp.array([-0.0, 1.0, 2.0, 3.0])},  # a sign alone
     ]
     assert len({checksum(tree) for tree in [base, *others]}) == 5
+
+
+@pytest.mark.parametrize(
+    "error",
+    [PermissionError("403"), OSError("502"), ValueError("PERMISSION_DENIED: 403"), ValueError("UNAVAILABLE: x")],
+)
+def test_what_cannot_be_read_for_the_moment_is_not_damaged(tmp_path, monkeypatch, error):
+    """A run that was told to go back once would do so again."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(10, make_state(10), {}, {"config": {"resume_step": 5}})
+    with Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(ocp.JsonCheckpointHandler, "restore", lambda *_, **__: (_ for _ in ()).throw(error))
+        with pytest.raises(CheckpointError, match="10 can't be read now") as raised:
+            checkpoints.meta(10)
+        assert not isinstance(raised.value, DamagedCheckpoint)

@@ -284,3 +284,15 @@ def test_images_of_prompts_may_lie_elsewhere(bucket):
     (epath.Path(bucket) / "rows" / "edits.jsonl").write_text('{"image": "../pictures/a.png", "instruction": "turn it"}')
     [row] = FileRows("edit", 0, f"{bucket}/rows/edits.jsonl")
     assert row.images == (f"{bucket}/pictures/a.png",)
+
+
+def test_an_upload_that_fails_leaves_nothing(bucket, server, monkeypatch):
+    """A shard that is there counts as complete."""
+    monkeypatch.setattr(server, "broken", "shards/a")
+    with pytest.raises(Exception, match="400"), storage.whole_file(epath.Path(bucket) / "shards" / "a") as local:
+        pathlib.Path(local).write_bytes(bytes(60 * 2**20))  # in more than one part
+    assert ("bucket", "shards/a") not in server.objects
+    monkeypatch.undo()
+    with storage.whole_file(epath.Path(bucket) / "shards" / "a") as local:
+        pathlib.Path(local).write_bytes(bytes(60 * 2**20))
+    assert len(server.objects["bucket", "shards/a"][0]) == 60 * 2**20

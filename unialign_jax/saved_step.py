@@ -16,6 +16,10 @@ PARTS = ("params", "opt_state", "ema")
 CHECKSUMS = "checksums"  # in the step's meta
 # What Orbax, TensorStore and json raise for files that are missing, cut short or altered.
 _READ_ERRORS = (ValueError, OSError, KeyError, TypeError)
+# Of these, what tells of damage; others come of a disk or a store that does not answer, or not to us.
+_DAMAGE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+# How TensorStore says the same.
+_PASSING = ("UNAVAILABLE", "PERMISSION_DENIED", "UNAUTHENTICATED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
 
 
 class CheckpointError(ValueError):
@@ -97,8 +101,10 @@ class SavedStep:
         except _READ_ERRORS as error:
             raise self.damaged(error) from error
 
-    def damaged(self, cause: Exception | str) -> DamagedCheckpoint:
-        """The error that says so."""
+    def damaged(self, cause: Exception | str) -> CheckpointError:
+        """The error that says so; or, of a cause that may pass, that it can't be read now."""
+        if _may_pass(cause):
+            return CheckpointError(f"{self.path} can't be read now ({_short(cause)}): start again when it can")
         return DamagedCheckpoint(f"{self.path} is damaged ({_short(cause)})")
 
     def _json(self, item: str) -> Any:
@@ -131,6 +137,12 @@ def checksums(tree: Any) -> Any:
     if isinstance(tree, Mapping):
         return {name: checksum({name: network}) for name, network in tree.items()}
     return checksum(tree)
+
+
+def _may_pass(cause: Exception | str) -> bool:
+    if isinstance(cause, OSError):
+        return not isinstance(cause, _DAMAGE)
+    return any(word in str(cause) for word in _PASSING)
 
 
 def _short(cause: Exception | str) -> str:

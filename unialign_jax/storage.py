@@ -15,6 +15,9 @@ from typing import IO
 import fsspec
 from etils import epath
 
+# gcsfs would ask over gRPC what kind each bucket is, for features that nothing here uses, and where no gRPC gets
+# through wait for half a minute each time. It looks when it is imported.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 # What other processes write has to be seen: gcsfs would keep for good what a directory held when it was first listed.
 fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 _READ_AHEAD = 8 * 2**20  # bytes of a remote file that are fetched at once
@@ -87,7 +90,8 @@ def whole_file(path: epath.Path) -> Iterator[str]:
         with tempfile.TemporaryDirectory() as folder:
             local = epath.Path(folder) / path.name
             yield str(local)
-            local.copy(path, overwrite=True)
+            # Not `copy`, which closes the file after an error too: what has been sent by then would look whole.
+            _client(path).put_file(str(local), str(path))
         return
     partial = f"{path}.partial"
     yield partial

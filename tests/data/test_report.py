@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from unialign_jax.data.report import CorpusError, Report
+from unialign_jax.data.report import CorpusError, Report, TooManyRefused
 
 BAD = (7, "line 7", "missing image", "'x.png': no such file")
 
@@ -83,3 +83,11 @@ def test_accounts_of_hosts_add_up():
     assert merged.read == 160 and merged.refused == {"missing image": 10}
     assert set(merged.named) == {48, 49, 9, 57, 58, 59, 36, 37, 38, 39}
     assert merged.state()["pass"] == 1 and merged.state()["refused_in_pass"] == 4
+
+
+def test_what_may_have_been_an_outage_is_not_final():
+    report = Report("rows.jsonl", 100, 0.01)
+    report.refused["missing image"] += 1
+    assert isinstance(report.too_many(), TooManyRefused) and report.too_many().final
+    report.refused["unreadable image"] += 1
+    assert not getattr(report.too_many(), "final", False)

@@ -30,6 +30,7 @@ from unialign_jax.data.report import CorpusError, Report
 from unialign_jax.data.samples import Cause, Refused, Sample
 from unialign_jax.data.sources import Source
 from unialign_jax.data.tfds_source import TfdsSource
+from unialign_jax.data.workers import end_with_parent
 
 FEATURES = tfds.features.FeaturesDict(
     {
@@ -152,6 +153,7 @@ class _Worker:
 
     @classmethod
     def start(cls, write: functools.partial, source: Source) -> None:
+        end_with_parent()
         cls._write = functools.partial(write, source)
 
     @classmethod

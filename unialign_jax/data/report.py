@@ -5,6 +5,8 @@ import itertools
 import math
 from collections.abc import Sequence
 
+from unialign_jax.data.samples import Cause
+
 _MAX_NAMED = 10_000
 
 
@@ -71,8 +73,9 @@ class Report:
             raise self.too_many()
 
     def too_many(self) -> CorpusError:
-        """The error that stops training."""
-        return TooManyRefused(
+        """The error that stops training; not for good if some of it may only have been an outage."""
+        kind = CorpusError if self.refused[Cause.UNREADABLE_IMAGE] else TooManyRefused
+        return kind(
             f"too many rows can't be used: {self}\nMend or remove these rows, or raise the limit (refused_share)."
         )
 

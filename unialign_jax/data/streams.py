@@ -3,10 +3,7 @@
 import dataclasses
 import functools
 import math
-import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +19,7 @@ from unialign_jax.data.samples import Refused
 from unialign_jax.data.schedule import Schedule
 from unialign_jax.data.sources import Source
 from unialign_jax.data.tokenizer import PlainTokenizer, Tokenizer
+from unialign_jax.data.workers import end_with_parent
 
 # Smaller arrays (token ids) are cheaper to pickle than to place in shared memory of their own.
 _MIN_SHARED_BYTES = 16 << 10
@@ -130,17 +128,9 @@ def read_ahead(elements: grain.MapDataset, config: DataConfig) -> grain.IterData
 
 
 def _work_to_the_end(index: int, count: int) -> None:
-    """Told to stop with all processes of its group, a worker goes on: the run still takes steps before it saves.
-
-    It ends with the run's process, also if that is killed and can tell it nothing.
-    """
+    """Told to stop with all processes of its group, a worker goes on: the run still takes steps before it saves."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-    def follow() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    end_with_parent()
 
 
 @dataclasses.dataclass(frozen=True)

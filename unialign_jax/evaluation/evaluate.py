@@ -7,16 +7,17 @@ OUTPUT/SET-THINGS/TASK.png   the first examples: references | what was made | tr
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 from PIL import Image
 
+from unialign_jax import agreement
 from unialign_jax.data.images import image_grid
 from unialign_jax.data.scenes import usable_counts
 from unialign_jax.evaluation import scenes
@@ -59,6 +60,7 @@ def evaluate_scenes(
     for subset, counts, task in itertools.product(subsets, things, tasks):
         usable_counts(task, subset, counts)
     directory = epath.Path(output)
+    agreement.primary(lambda: directory.mkdir(parents=True, exist_ok=True))
     tables: dict[str, list[scenes.Score]] = {}
     facts = {**(about or {}), "count": count, "seed": scenes.SEED, "protocol": dataclasses.asdict(protocol)}
     lines = []
@@ -70,17 +72,18 @@ def evaluate_scenes(
             outputs = scenes.run(pipeline, task, count, subset=subset, counts=counts, protocol=protocol)
             tables[name] += scenes.summarize(outputs)
             lines += [_line(name, item) for item in outputs]
-            if jax.process_index():
-                continue  # all have sampled together and know the same; one writes
-            folder = directory / f"{subset}-{span}"
-            folder.mkdir(parents=True, exist_ok=True)
-            with (folder / f"{task}.png").open("wb") as file:
-                Image.fromarray(grid(outputs[:_SHOWN], pipeline.size[0])).save(file, "PNG")
-        if not jax.process_index():
-            _write_scores(
-                directory, facts, tables, lines
-            )  # with each table: an interrupted evaluation keeps the others
+            # All have sampled together and know the same; one writes.
+            file = directory / f"{subset}-{span}" / f"{task}.png"
+            agreement.primary(functools.partial(_write_picture, file, grid(outputs[:_SHOWN], pipeline.size[0])))
+        # With each table: an interrupted evaluation keeps the others.
+        agreement.primary(functools.partial(_write_scores, directory, facts, tables, lines))
     return tables
+
+
+def _write_picture(path: epath.Path, picture: np.ndarray) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with path.open("wb") as file:
+        Image.fromarray(picture).save(file, "PNG")
 
 
 def _write_scores(

@@ -1,5 +1,7 @@
 """The tokenizers of a run, of its text encoder and of its teacher."""
 
+import concurrent.futures
+import functools
 from collections.abc import Iterable, Iterator
 
 from etils import epath
@@ -12,6 +14,9 @@ from unialign_jax.data.sources import Source, SourceConfig, open_source
 from unialign_jax.data.tokenizer import PlainTokenizer, Tokenizer
 from unialign_jax.networks import Networks
 from unialign_jax.training.run_config import RunConfig
+
+_THREADS = 32
+_CHUNK = 4096  # rows that are read ahead of the learning
 
 
 def make(run: RunConfig, init: str | None) -> Tokenizer:
@@ -81,10 +86,18 @@ def of_teacher(run: RunConfig, networks: Networks, tokenizer: Tokenizer, init: s
 
 def _texts(sources: Iterable[Source]) -> Iterator[str]:
     """All texts of the sources, for learning a tokenizer. Rows that can't be used are reported while training."""
-    for rows in sources:
-        for index in range(len(rows)):
-            try:
-                sample = rows[index]
-            except Refused:
-                continue
-            yield from {sample.caption, sample.instruction, sample.question, sample.answer} - {""}
+
+    def read(rows: Source, index: int) -> list[str]:
+        try:
+            sample = rows[index]
+        except Refused:
+            return []
+        return sorted({sample.caption, sample.instruction, sample.question, sample.answer} - {""})
+
+    # Threads, as a row in a bucket is a request.
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        for rows in sources:
+            for start in range(0, len(rows), _CHUNK):
+                numbers = range(start, min(start + _CHUNK, len(rows)))
+                for texts in pool.map(functools.partial(read, rows), numbers):
+                    yield from texts

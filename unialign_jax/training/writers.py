@@ -166,10 +166,10 @@ def read_scalars(directory: epath.PathLike) -> dict[str, list[tuple[int, float]]
     """
     files = []
     for path in epath.Path(directory).glob("events.out.tfevents.*"):
-        data, events = path.read_bytes(), []
-        while len(data) >= 8 and len(data) >= (size := 16 + int.from_bytes(data[:8], "little")):
-            events.append(Event.FromString(data[12 : size - 4]))  # length, its checksum, event, its checksum
-            data = data[size:]
+        data, events, at = path.read_bytes(), [], 0
+        while len(data) >= at + 8 and len(data) >= (end := at + 16 + int.from_bytes(data[at : at + 8], "little")):
+            events.append(Event.FromString(data[at + 12 : end - 4]))  # length, its checksum, event, its checksum
+            at = end
         if events:
             files.append(events)
     scalars: dict[str, dict[int, float]] = {}

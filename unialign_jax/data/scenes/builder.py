@@ -19,6 +19,7 @@ import tensorflow_datasets as tfds
 
 from unialign_jax.data.samples import TASKS
 from unialign_jax.data.scenes import corpus, tasks
+from unialign_jax.data.workers import end_with_parent
 
 _CHUNK = 256
 IMAGE_SIZES = (32, 64, 256)
@@ -100,6 +101,6 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
                 yield from corpus.records(job)
             return
         context = multiprocessing.get_context("spawn")  # forks of a process with threads may hang
-        with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+        with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=end_with_parent) as pool:
             for records in pool.map(corpus.records, jobs):
                 yield from records
