@@ -7,6 +7,7 @@ import collections
 import http.server
 import json
 import re
+import sys
 import threading
 import urllib.parse
 
@@ -16,12 +17,14 @@ class Server(http.server.ThreadingHTTPServer):
 
     Attributes:
       objects: (bucket, name) -> (content, generation).
+      uploads: what has come of large objects, by number.
       requests: (method, name of the object or "" for a list) -> how many there were.
       address: "http://…"
       broken: name of an object whose upload fails after its first part, or "".
     """
 
     daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -35,6 +38,11 @@ class Server(http.server.ThreadingHTTPServer):
     def start(self) -> "Server":
         threading.Thread(target=self.serve_forever, daemon=True).start()
         return self
+
+    def handle_error(self, request, client_address):
+        """A client that has given up, which a busy machine makes it do, will ask again; all else is told."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     def put(self, key: tuple[str, str], content: bytes) -> None:
         self.generation += 1
@@ -82,25 +90,30 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         parts, parameters, _ = self._asked()
         with self.store.lock:
-            if len(parts) == 1:
-                return self._answer(200, {"kind": "storage#bucket", "name": parts[0]})
-            if len(parts) == 2:
-                return self._answer(200, self._list(parts[0], parameters))
-            if len(parts) != 3 or (parts[0], parts[2]) not in self.store.objects:
-                return self._answer(404, {"error": {"code": 404, "message": f"No such object: {'/'.join(parts)}"}})
-            key = parts[0], parts[2]
-            if parameters.get("alt") != "media":
-                return self._answer(200, self._about(key))
-            content, generation = self.store.objects[key]
+            answer, headers = self._get(parts, parameters)
+        self._answer(*answer, **headers)
+
+    def _get(self, parts: list[str], parameters: dict[str, str]) -> tuple[tuple, dict]:
+        if len(parts) == 1:
+            return (200, {"kind": "storage#bucket", "name": parts[0]}), {}
+        if len(parts) == 2:
+            return (200, self._list(parts[0], parameters)), {}
+        if len(parts) != 3 or (parts[0], parts[2]) not in self.store.objects:
+            return _missing("/".join(parts)), {}
+        key = parts[0], parts[2]
+        if parameters.get("alt") != "media":
+            return (200, self._about(key)), {}
+        content, generation = self.store.objects[key]
         headers = {"x_goog_generation": generation, "x_goog_stored_content_length": len(content)}
         span = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
         if span is None:
-            return self._answer(200, content, **headers)
+            return (200, content), headers
         start = int(span[1]) if span[1] else max(0, len(content) - int(span[2]))  # "-5": the last five bytes
         stop = min(int(span[2]) + 1 if span[1] and span[2] else len(content), len(content))
         if start >= stop:
-            return self._answer(416)
-        self._answer(206, content[start:stop], Content_Range=f"bytes {start}-{stop - 1}/{len(content)}", **headers)
+            return (416,), {}
+        headers["Content_Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
+        return (206, content[start:stop]), headers
 
     def _list(self, bucket: str, parameters: dict[str, str]) -> dict:
         prefix, delimiter = parameters.get("prefix", ""), parameters.get("delimiter", "")
@@ -119,55 +132,55 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         parts, parameters, content = self._asked()
-        kind = parameters.get("uploadType")
         with self.store.lock:
-            if len(parts) > 3:  # b/BUCKET/o/NAME/moveTo/o/NAME, b/BUCKET/o/NAME/rewriteTo/b/BUCKET/o/NAME
-                bucket, _, name, verb, *place = parts
-                source, target = (bucket, name), (bucket if verb == "moveTo" else place[1], place[-1])
-                if source not in self.store.objects:
-                    return self._answer(404, {"error": {"code": 404, "message": f"No such object: {name}"}})
-                self.store.put(target, self.store.objects[source][0])
-                if verb == "moveTo":
-                    del self.store.objects[source]
-                return self._answer(200, {"done": True, "resource": self._about(target)} | self._about(target))
-            if "upload_id" in parameters:
-                return self._go_on(parts[0], parameters, content)
-            if kind == "resumable":
-                name = parameters.get("name") or json.loads(content)["name"]
-                number = f"{len(self.store.uploads)}"
-                self.store.uploads[number] = b""
-                query = urllib.parse.urlencode({"name": name, "upload_id": number})
-                place = f"{self.store.address}/upload/storage/v1/b/{parts[0]}/o?{query}"
-                return self._answer(200, {}, Location=place)
-            if kind == "multipart":
-                mark = re.search(r"boundary=[\"']?([^\"']+)", self.headers["Content-Type"])[1].encode()
-                about, rest = content.split(b"--" + mark, 2)[1:]
-                name = json.loads(about.split(b"\n\n", 1)[1])["name"]
-                content = rest.split(b"\n\n", 1)[1].rsplit(b"\n--" + mark, 1)[0]
-            else:
-                name = parameters["name"]
-            wanted = parameters.get("ifGenerationMatch")
-            if wanted is not None and int(wanted) != self.store.objects.get((parts[0], name), (b"", 0))[1]:
-                return self._answer(412)
-            self.store.put((parts[0], name), content)
-            self._answer(200, self._about((parts[0], name)))
+            answer, headers = self._post(parts, parameters, content)
+        self._answer(*answer, **headers)
 
-    def do_PUT(self):
-        parts, parameters, content = self._asked()
-        with self.store.lock:
-            self._go_on(parts[0], parameters, content)
+    do_PUT = do_POST
 
-    def _go_on(self, bucket: str, parameters: dict[str, str], content: bytes) -> None:
-        """Takes the next part of a large object; the last one says how long it is."""
-        number = parameters["upload_id"]
-        if parameters["name"] == self.store.broken and self.store.uploads[number]:
-            return self._answer(400, {"error": {"code": 400, "message": "broken"}})
-        self.store.uploads[number] += content
-        whole = self.headers.get("Content-Range", "*/*").rpartition("/")[2]
-        if whole == "*" and content or whole.isdecimal() and len(self.store.uploads[number]) < int(whole):
-            return self._answer(308, b"", Range=f"bytes=0-{len(self.store.uploads[number]) - 1}")
-        self.store.put((bucket, parameters["name"]), self.store.uploads.pop(number))
-        self._answer(200, self._about((bucket, parameters["name"])))
+    def _post(self, parts: list[str], parameters: dict[str, str], content: bytes) -> tuple[tuple, dict]:
+        if len(parts) > 3:  # b/BUCKET/o/NAME/moveTo/o/NAME, b/BUCKET/o/NAME/rewriteTo/b/BUCKET/o/NAME
+            bucket, _, name, verb, *place = parts
+            source, target = (bucket, name), (bucket if verb == "moveTo" else place[1], place[-1])
+            if source not in self.store.objects:
+                return _missing(name), {}
+            self.store.put(target, self.store.objects[source][0])
+            if verb == "moveTo":
+                del self.store.objects[source]
+            return (200, {"done": True, "resource": self._about(target)} | self._about(target)), {}
+        if "upload_id" in parameters:
+            return self._go_on((parts[0], parameters["name"]), parameters["upload_id"], content)
+        if parameters.get("uploadType") == "resumable":
+            name = parameters.get("name") or json.loads(content)["name"]
+            number = f"{len(self.store.uploads)}"
+            self.store.uploads[number] = b""
+            query = urllib.parse.urlencode({"name": name, "upload_id": number})
+            return (200, {}), {"Location": f"{self.store.address}/upload/storage/v1/b/{parts[0]}/o?{query}"}
+        if parameters.get("uploadType") == "multipart":
+            mark = re.search(r"boundary=[\"']?([^\"']+)", self.headers["Content-Type"])[1].encode()
+            about, rest = content.split(b"--" + mark, 2)[1:]
+            name = json.loads(about.split(b"\n\n", 1)[1])["name"]
+            content = rest.split(b"\n\n", 1)[1].rsplit(b"\n--" + mark, 1)[0]
+        else:
+            name = parameters["name"]
+        wanted = parameters.get("ifGenerationMatch")
+        if wanted is not None and int(wanted) != self.store.objects.get((parts[0], name), (b"", 0))[1]:
+            return (412,), {}
+        self.store.put((parts[0], name), content)
+        return (200, self._about((parts[0], name))), {}
+
+    def _go_on(self, key: tuple[str, str], number: str, content: bytes) -> tuple[tuple, dict]:
+        """Takes a part of a large object, perhaps again; the last one says how long the object is."""
+        span, _, whole = self.headers.get("Content-Range", "").removeprefix("bytes ").rpartition("/")
+        before = self.store.uploads[number]
+        if key[1] == self.store.broken and before:
+            return (400, {"error": {"code": 400, "message": "broken"}}), {}
+        start = int(span.partition("-")[0]) if span not in ("", "*") else len(before)
+        self.store.uploads[number] = before[:start] + content
+        if whole == "*" or whole and len(self.store.uploads[number]) < int(whole):
+            return (308,), {"Range": f"bytes=0-{len(self.store.uploads[number]) - 1}"}
+        self.store.put(key, self.store.uploads[number])
+        return (200, self._about(key)), {}
 
     def do_DELETE(self):
         parts, parameters, _ = self._asked()
@@ -175,6 +188,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._answer(499)  # as the real one says that an upload is given up
         with self.store.lock:
             found = self.store.objects.pop((parts[0], parts[2]), None)
-        if found is None:
-            return self._answer(404, {"error": {"code": 404, "message": f"No such object: {parts[2]}"}})
-        self._answer(204)
+        self._answer(*(_missing(parts[2]) if found is None else (204,)))
+
+
+def _missing(name: str) -> tuple[int, dict]:
+    return 404, {"error": {"code": 404, "message": f"No such object: {name}"}}
