@@ -20,7 +20,7 @@ class Server(http.server.ThreadingHTTPServer):
       uploads: what has come of large objects, by number.
       requests: (method, name of the object or "" for a list) -> how many there were.
       address: "http://…"
-      broken: name of an object whose upload fails after its first part, or "".
+      broken: name of an object whose next upload fails once after its first part, or "".
     """
 
     daemon_threads = True
@@ -174,6 +174,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         span, _, whole = self.headers.get("Content-Range", "").removeprefix("bytes ").rpartition("/")
         before = self.store.uploads[number]
         if key[1] == self.store.broken and before:
+            self.store.broken = ""
             return (400, {"error": {"code": 400, "message": "broken"}}), {}
         start = int(span.partition("-")[0]) if span not in ("", "*") else len(before)
         self.store.uploads[number] = before[:start] + content

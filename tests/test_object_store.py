@@ -289,7 +289,10 @@ def test_images_of_prompts_may_lie_elsewhere(bucket):
 def test_an_upload_that_fails_leaves_nothing(bucket, server, monkeypatch):
     """A shard that is there counts as complete."""
     monkeypatch.setattr(server, "broken", "shards/a")
-    with pytest.raises(Exception, match="400"), storage.whole_file(epath.Path(bucket) / "shards" / "a") as local:
+    with (
+        pytest.raises(OSError, match="shards/a: HttpError: broken, 400"),
+        storage.whole_file(epath.Path(bucket) / "shards" / "a") as local,
+    ):
         pathlib.Path(local).write_bytes(bytes(60 * 2**20))  # in more than one part
     assert ("bucket", "shards/a") not in server.objects
     monkeypatch.undo()

@@ -44,13 +44,17 @@ def absolute(path: epath.PathLike) -> epath.Path:
 
 def read(path: epath.Path) -> bytes:
     """A file's content; of a remote one in a single request."""
-    return _client(path).cat_file(str(path)) if is_remote(path) else path.read_bytes()
+    if not is_remote(path):
+        return path.read_bytes()
+    with _errors(path):
+        return _client(path).cat_file(str(path))
 
 
 def read_range(path: epath.Path, start: int, end: int) -> bytes:
     """Bytes `start` to `end` of a file. Of a remote one these alone are fetched: `open` would fetch megabytes."""
     if is_remote(path):
-        return _client(path).cat_file(str(path), start=start, end=end)
+        with _errors(path):
+            return _client(path).cat_file(str(path), start=start, end=end)
     with path.open("rb") as file:
         file.seek(start)
         return file.read(end - start)
@@ -62,6 +66,17 @@ def open_to_scan(path: epath.Path) -> IO[bytes]:
     Of a remote one, large parts are fetched; fsspec alone would send a request for each line, and fetch 5 MB with it.
     """
     return io.BufferedReader(path.open("rb"), _READ_AHEAD) if is_remote(path) else path.open("rb")
+
+
+@contextlib.contextmanager
+def _errors(path: epath.Path) -> Iterator[None]:
+    """Makes an OSError of whatever the store's client raises, as a disk would."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{path}: {type(error).__name__}: {error}") from error
 
 
 def _client(path: epath.Path) -> fsspec.AbstractFileSystem:
@@ -91,7 +106,8 @@ def whole_file(path: epath.Path) -> Iterator[str]:
             local = epath.Path(folder) / path.name
             yield str(local)
             # Not `copy`, which closes the file after an error too: what has been sent by then would look whole.
-            _client(path).put_file(str(local), str(path))
+            with _errors(path):
+                _client(path).put_file(str(local), str(path))
         return
     partial = f"{path}.partial"
     yield partial
@@ -103,7 +119,8 @@ def whole_file(path: epath.Path) -> Iterator[str]:
 def write_whole(path: epath.Path, data: bytes) -> None:
     """Writes a file that others see complete or not at all (as object stores do anyway)."""
     if is_remote(path):
-        path.write_bytes(data)
+        with _errors(path):
+            path.write_bytes(data)
         return
     with whole_file(path) as partial:
         pathlib.Path(partial).write_bytes(data)
