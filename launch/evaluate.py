@@ -7,7 +7,6 @@ Prints the tables, and writes them with the model's outputs and pictures to the 
 """
 
 import dataclasses
-import math
 
 from absl import flags
 
@@ -59,7 +58,7 @@ def main() -> None:
     protocol = dataclasses.replace(scenes.PROTOCOL, **{k: v for k, v in changes.items() if v is not None})
     _start()
     mesh = parallel.make_mesh(_STRATEGY.value)
-    parts = math.prod(mesh.shape[axis] for axis in parallel.BATCH_AXES)
+    parts = parallel.batch_parts(mesh)
     pipeline = UniAlignPipeline.from_pretrained(
         _CHECKPOINT.value,
         mesh,

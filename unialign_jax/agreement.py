@@ -45,8 +45,8 @@ def everywhere(call: Callable[[], T], *errors: type[Exception]) -> T:
         result = call()
     except Exception as error:  # of any kind: the others must hear of it, and it is raised below
         failure = error
-    final = getattr(failure, "final", False)
-    outcomes = gather(None if failure is None else [type(failure).__name__, str(failure), final])
+    told = [type(failure).__name__, str(failure), getattr(failure, "final", False)]
+    outcomes = gather(None if failure is None else told)
     failed = [index for index, outcome in enumerate(outcomes) if outcome is not None]
     if not failed:
         return result

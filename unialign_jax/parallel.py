@@ -122,13 +122,18 @@ def mesh_of(params: Any) -> Mesh:
     return first_device()
 
 
+def batch_parts(mesh: Mesh | jax.sharding.AbstractMesh) -> int:
+    """Into how many parts a mesh splits a batch."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def check_batch(mesh: Mesh, batch: int, micro_batches: int = 1) -> None:
     """Refuses a global batch that the mesh cannot split evenly.
 
     Raises:
       ValueError: naming the batch, the parts and what to change.
     """
-    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * micro_batches
+    parts = batch_parts(mesh) * micro_batches
     if batch % parts:
         raise PlanError(
             f"a global batch of {batch} cannot be split over data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} "
@@ -261,7 +266,7 @@ def in_parts(call: Callable[[jax.Array], jax.Array], x: jax.Array, most: int) ->
     One part after the other is worked off; each has samples of every device, so that none moves or waits.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    devices = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    devices = 1 if mesh.empty else batch_parts(mesh)
     here = len(x) // devices
     if len(x) % devices or here <= most:
         return call(x)

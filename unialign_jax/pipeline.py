@@ -302,8 +302,7 @@ class UniAlignPipeline:
             )
             for start, stop, guided in runs:
                 chain, scale = (conditions, scales) if guided else (conditions[-1:], scales[:0])
-                # Nobody looks: the whole run of steps is one program, and nothing is waited for. Somebody does: what is
-                # shown is the step before the newest, so that the devices have work meanwhile.
+                # If nobody looks, the run of steps is one program. Else the step before the newest is waited for.
                 for now in range(start, stop, 1 if watched else stop - start):
                     after = now + 1 if watched else stop
                     before = latents
@@ -370,7 +369,6 @@ class UniAlignPipeline:
         )
 
         def sample(first: int, count: int, bar: tqdm.tqdm, seeds, pictures, ids, known) -> jax.Array:
-            del first, count, bar  # a text is made in one go
             return program(self.params, seeds, pictures, ids, known)
 
         rows = [seeds, pictures, ids, known]

@@ -43,7 +43,11 @@ def absolute(path: epath.PathLike) -> epath.Path:
 
 
 def read(path: epath.Path) -> bytes:
-    """A file's content; of a remote one in a single request."""
+    """A file's content; of a remote one in a single request.
+
+    Raises:
+      OSError: also for a store's client's own kinds of error, as `read_range`, `whole_file` and `write_whole`.
+    """
     if not is_remote(path):
         return path.read_bytes()
     with _errors(path):

@@ -1,6 +1,5 @@
 """Lists of any length on a mesh: cut into a few compiled sizes, placed as one global array, fetched again."""
 
-import math
 from typing import Any
 
 import jax
@@ -27,7 +26,7 @@ class Batches:
     """
 
     def __init__(self, mesh: Mesh, max_batch: int, *, single: bool = False):
-        parts = math.prod(mesh.shape[axis] for axis in parallel.BATCH_AXES)
+        parts = parallel.batch_parts(mesh)
         if max_batch < 1:
             raise ValueError(f"max_batch is {max_batch}; at least 1 item must fit")
         if single:

@@ -10,7 +10,6 @@ import collections
 import contextlib
 import dataclasses
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
@@ -78,7 +77,7 @@ def precompute(
             data=dataclasses.replace(run.data, sources=tuple(run.data.sources[i] for i in kept)),
         )
     mesh = parallel.make_mesh(run.strategy)
-    batch = batch or _BATCH_PER_PART * math.prod(mesh.shape[axis] for axis in parallel.BATCH_AXES)
+    batch = batch or _BATCH_PER_PART * parallel.batch_parts(mesh)
     batches = dataclasses.replace(run.data, global_batch=batch)
     program = Program(dataclasses.replace(run, micro_batches=1, data=batches), mesh)
     init = str(lineage.locate(run.init)) if run.init else None
