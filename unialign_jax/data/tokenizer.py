@@ -244,7 +244,9 @@ def _learn_pieces(words: collections.Counter, size: int) -> list[str]:
     backend.pre_tokenizer = pre_tokenizers.Sequence([_word_starts(), pre_tokenizers.Punctuation("isolated")])
     special = [PAD, END, UNKNOWN]
     trainer = trainers.BpeTrainer(vocab_size=max(size, 0), special_tokens=special, show_progress=False)
-    backend.train_from_iterator(words.elements(), trainer)
+    # Each word as often as it occurs, many to a text: one by one, handing them over takes most of the time.
+    texts = (" ".join([word] * min(count - i, 1000)) for word, count in words.items() for i in range(0, count, 1000))
+    backend.train_from_iterator(texts, trainer)
     found = backend.get_vocab()
     if len(found) > size:
         raise ValueError(

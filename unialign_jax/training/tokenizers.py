@@ -2,8 +2,10 @@
 
 import concurrent.futures
 import functools
+import itertools
 from collections.abc import Iterable, Iterator
 
+import jax
 from etils import epath
 
 from unialign_jax import lineage, storage
@@ -16,7 +18,8 @@ from unialign_jax.networks import Networks
 from unialign_jax.training.run_config import RunConfig
 
 _THREADS = 32
-_CHUNK = 4096  # rows that are read ahead of the learning
+_CHUNK = 64  # rows that a thread reads at a time
+_AHEAD = 64  # chunks that are read ahead of the learning
 
 
 def make(run: RunConfig, init: str | None) -> Tokenizer:
@@ -41,6 +44,8 @@ def make(run: RunConfig, init: str | None) -> Tokenizer:
             "tokenizer.learn_vocab_size"
         )
     sources = [open_source(source) for source in (*run.data.sources, *map(SourceConfig, run.tokenizer.more_texts))]
+    if jax.process_index() == 0:
+        print(f"[{run.stage}] learning a tokenizer from {sum(map(len, sources))} rows", flush=True)
     try:
         return Tokenizer.learn(_texts(sources), run.tokenizer.learn_vocab_size)
     except CorpusError:  # about the texts, not about the size
@@ -87,17 +92,20 @@ def of_teacher(run: RunConfig, networks: Networks, tokenizer: Tokenizer, init: s
 def _texts(sources: Iterable[Source]) -> Iterator[str]:
     """All texts of the sources, for learning a tokenizer. Rows that can't be used are reported while training."""
 
-    def read(rows: Source, index: int) -> list[str]:
-        try:
-            sample = rows[index]
-        except Refused:
-            return []
-        return sorted({sample.caption, sample.instruction, sample.question, sample.answer} - {""})
+    def read(rows: Source, numbers: Iterable[int]) -> list[str]:
+        texts = []
+        for index in numbers:
+            try:
+                sample = rows[index]
+            except Refused:
+                continue
+            texts += sorted({sample.caption, sample.instruction, sample.question, sample.answer} - {""})
+        return texts
 
-    # Threads, as a row in a bucket is a request.
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        for rows in sources:
-            for start in range(0, len(rows), _CHUNK):
-                numbers = range(start, min(start + _CHUNK, len(rows)))
-                for texts in pool.map(functools.partial(read, rows), numbers):
+    for rows in sources:
+        # Threads, as a row in a bucket is a request; rows on a disk they would only delay.
+        with concurrent.futures.ThreadPoolExecutor(_THREADS if storage.is_remote(rows.path) else 1) as pool:
+            chunks = (range(start, min(start + _CHUNK, len(rows))) for start in range(0, len(rows), _CHUNK))
+            while ahead := list(itertools.islice(chunks, _AHEAD)):
+                for texts in pool.map(functools.partial(read, rows), ahead):
                     yield from texts
