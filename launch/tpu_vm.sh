@@ -1,6 +1,10 @@
 #!/usr/bin/env bash
 # Trains on Cloud TPU VMs: one slice, or several that train together. Run it where gcloud is installed and logged in.
 # docs/pods.md walks through it.
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
+  echo "launch/tpu_vm.sh: this is bash $BASH_VERSION; 4.4 or later is needed (on macOS: brew install bash)" >&2
+  exit 2
+fi
 set -euo pipefail
 
 usage() {

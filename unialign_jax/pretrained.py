@@ -15,6 +15,7 @@ from unialign_jax.checkpoints import Checkpoints
 from unialign_jax.convert import ConversionError, open_pipeline, store
 from unialign_jax.data.tokenizer import Tokenizer
 from unialign_jax.networks import Networks, build_networks
+from unialign_jax.saved_step import WrongArchitecture
 from unialign_jax.state import OptimizerConfig
 from unialign_jax.tree_checks import describe_differences, flat_leaves
 from unialign_jax.tuning import Tuning
@@ -103,7 +104,8 @@ def initial_params(
 
     Raises:
       FileNotFoundError: see `lineage.locate`.
-      ValueError: the directory's networks are not those of `networks`, which is shown by name, or are damaged.
+      WrongArchitecture: the directory's networks are not those of `networks`, which is shown by name.
+      ValueError: they are damaged.
     """
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(
@@ -122,7 +124,9 @@ def initial_params(
     _check_architecture(path, networks, abstract)
     if not store.is_converted(path):
         return step_params(path, abstract, average)
-    return agreement.everywhere(lambda: _converted_params(path, abstract), ConversionError, ValueError)
+    return agreement.everywhere(
+        lambda: _converted_params(path, abstract), ConversionError, WrongArchitecture, ValueError
+    )
 
 
 # Fields that are no part of what a network computes from its parameters.
@@ -141,7 +145,7 @@ def _check_architecture(path: epath.Path, networks: Networks, names: Iterable[st
         if key not in _FREE_FIELDS and theirs[name].get(key) != value
     ]
     if differences:
-        raise ValueError(f"{path}: its networks are not the config's: {'; '.join(differences)}")
+        raise WrongArchitecture(f"{path}: its networks are not the config's: {'; '.join(differences)}")
 
 
 def _configs(networks: Networks) -> dict[str, dict[str, Any]]:
@@ -164,7 +168,7 @@ def _converted_params(path: epath.Path, abstract: Mapping[str, Any]) -> dict[str
         stored = store.open_network(path, name)
         found = {tuple(leaf.split("/")): jax.ShapeDtypeStruct(x.shape, jnp.float32) for leaf, x in stored.items()}
         if differences := describe_differences(found, flat_leaves(_in_float32(tree)), prefix=f"{name}/"):
-            raise ValueError(f"{path}: its {name} is not the config's: {differences}")
+            raise WrongArchitecture(f"{path}: its {name} is not the config's: {differences}")
         params[name] = store.restore_network(path, name, dtype=_dtypes(tree), shardings=_shardings(tree))
     return params
 
@@ -211,7 +215,7 @@ def _frozen_network(path: epath.Path, meta: Mapping[str, Any], name: str, wanted
     networks = build_networks(config["model"])
     had = {key: tree for key, tree in nn.unbox(networks.abstract()).items() if key == name}
     if differences := describe_differences(flat_leaves(had), flat_leaves({name: _in_float32(wanted)})):
-        raise ValueError(f"{path}: its frozen networks are not the config's: {differences}")
+        raise WrongArchitecture(f"{path}: its frozen networks are not the config's: {differences}")
     init_key, _ = jax.random.split(jax.random.key(config["seed"]))
     lineage.check_start(meta, path.parent.parent)
     start, average = lineage.start_of(meta, path.parent.parent), config.get("init_average", True)

@@ -232,6 +232,33 @@ def test_a_long_file_is_streamed(tmp_path):
     assert (last.index, last.prompt, last.seed) == (199_999, "prompt 199999", 200_004)
 
 
+CAPTIONED = {"conversations": [{"from": "human", "value": "a dog"}, {"from": "gpt", "value": "…"}]}
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "prompt", "images"),
+    [
+        ("generate", {"image": ["x.png"], **CAPTIONED}, "a dog", ()),
+        ("edit", {"image": ["a.png", "b.png"], "instruction": "swap", **CAPTIONED}, "swap", ("a.png",)),
+        ("perceive", {"image": ["a.png", "b.png"], "instruction": "depth", **CAPTIONED}, "depth", ("a.png",)),
+        ("compose", {"original_images": ["a.png"], "generated_images": ["x.png"], "caption": "c",
+                     "edit_prompt": ' \\"both\\" '}, "both", ("a.png",)),
+        ("caption", {"image": ["a.png"], **CAPTIONED}, "", ("a.png",)),
+        ("answer", {"image": ["a.png"], "question": "which?", "answer": "that"}, "which?", ("a.png",)),
+        ("generate", {"prompt": ' \\"said\\"'}, ' \\"said\\"', ()),
+    ],
+)  # fmt: skip
+def test_rows_of_training_data_are_prompts_too(tmp_path, task, row, prompt, images):
+    (made,) = FileRows(task, 0, jsonl(tmp_path / "rows.jsonl", [row]))
+    assert (made.error, made.prompt) == (None, prompt)
+    assert made.images == tuple(str(tmp_path / image) for image in images)
+
+
+def test_two_images_are_one_too_many_where_no_row_of_training_has_them(tmp_path):
+    (row,) = FileRows("edit", 0, jsonl(tmp_path / "rows.jsonl", [{"instruction": "swap", "image": ["a", "b"]}]))
+    assert "takes one image a row, not 2" in row.error
+
+
 CHILD = """
 import sys
 from unialign_jax import distributed, sampling

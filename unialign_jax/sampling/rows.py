@@ -80,6 +80,20 @@ def _check_given(task: str, prompt: Any, images: Sequence[str], said: tuple[str,
         raise ValueError(f"{task} takes at most {inputs.MAX_REFERENCES} images a row, not {len(images)}")
 
 
+def _published(task: str, row: dict[str, Any]) -> tuple[Any, Any]:
+    """Prompt and images of a row, which may be one that models are trained on, see `data.rows`."""
+    prompt = next((row[key] for key in _PROMPT_KEYS if key in row), None)
+    images = next((row[key] for key in _IMAGE_KEYS if key in row), [])
+    match row:
+        case {"conversations": [{"value": caption}, *_]} if task == "generate" and prompt is None:
+            prompt = caption
+        case {"conversations": _, "instruction": _, "image": [source, _]} if task in ("edit", "perceive"):
+            images = [source]
+        case {"edit_prompt": str() as quoted} if prompt is quoted:
+            prompt = quoted.strip(' \\"')
+    return prompt, images
+
+
 class FlagRows(Rows):
     """One request from the command line, made `count` times with seeds from `seed` on.
 
@@ -108,6 +122,7 @@ class FileRows(Rows):
 
     An object has `prompt` (or `instruction`, `edit_prompt`, `question`), `image` (or `images`, `original_images`: a
     path or a list) and `seed`; what the task does not need and other keys are ignored. Paths are relative to the file.
+    Rows of training data will do: `generate` takes their caption, `edit` and `perceive` the first of their two images.
 
     Raises:
       ValueError: it has no rows.
@@ -147,8 +162,7 @@ class FileRows(Rows):
                 raise ValueError(f"a JSON object was expected, not a {type(value).__name__}")
         except ValueError as error:
             return Row(index, "", (), 0, f"{self._path}, line {number}: {error}")
-        prompt = next((value[key] for key in _PROMPT_KEYS if key in value), None)
-        images = next((value[key] for key in _IMAGE_KEYS if key in value), [])
+        prompt, images = _published(self.task, value)
         row = self._row(index, prompt, images, value.get("seed"))
         if row.error is not None:
             return dataclasses.replace(row, error=f"{self._path}, line {number}: {row.error}")

@@ -281,12 +281,12 @@ def _make_tokenizer(run: RunConfig, init: str | None, directory: epath.Path, *, 
 def _check_vocabulary(networks: Networks, tokenizer: Tokenizer) -> None:
     config = networks.transformer.config
     if config.mask_token_id != tokenizer.mask_id:
-        raise ValueError(
+        raise run_config.ConfigError(
             f"model.transformer.mask_token_id is {config.mask_token_id}, but the tokenizer masks with id "
             f"{tokenizer.mask_id}; make them equal"
         )
     if not tokenizer.mask_id < config.vocab_size <= tokenizer.vocab_size:
-        raise ValueError(
+        raise run_config.ConfigError(
             f"model.transformer.vocab_size is {config.vocab_size}, but the tokenizer has {tokenizer.vocab_size} ids; "
             "set it to the number of ids that captions can hold"
         )

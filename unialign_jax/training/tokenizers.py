@@ -52,8 +52,8 @@ def make(run: RunConfig, init: str | None) -> Tokenizer:
         raise
     except ValueError as error:
         raise ValueError(
-            f"tokenizer.learn_vocab_size: {error} (model.text_encoder.vocab_size, model.transformer.vocab_size and its "
-            "mask_token_id, one less, go with it)"
+            f"tokenizer.learn_vocab_size: {error} (model.text_encoder.vocab_size, model.transformer.vocab_size, its "
+            "mask_token_id, one less, and model.teacher.vocab_size go with it)"
         ) from error
 
 
@@ -84,7 +84,8 @@ def of_teacher(run: RunConfig, networks: Networks, tokenizer: Tokenizer, init: s
         raise FileNotFoundError(
             f"the teacher ({sizes[0]} ids) can't read the text encoder's ids ({sizes[1]}), and "
             + (f"{start} has no {store.TEACHER_TOKENIZER}" if start else "the run starts from no converted directory")
-            + ": set teacher_tokenizer to the directory of its tokenizer"
+            + ": make the two vocab_size equal, set teacher_tokenizer to the directory of its tokenizer, convert with "
+            "--teacher, or train without a teacher: model.teacher={}"
         )
     return tokenizer
 
