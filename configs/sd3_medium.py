@@ -218,7 +218,8 @@ def _stage(stage: str, shared: dict) -> ml_collections.ConfigDict:
     }
     config.log = {"every": 20, "samples_every": 5000, "sample_count": 8, "sample_steps": 28, "guidance": 7.0}
     config.checkpoint = {"every": 5000, "keep": 3, "keep_period": 20_000}
-    config.protocol = "unialignment"
+    # Questions are asked as the rows have them, where answers are learned.
+    config.protocol = "plain" if "answer" in config.data.sources else "unialignment"
     config.resume_step = config_dict.placeholder(int)
     config.allow_changed = ()
     return config

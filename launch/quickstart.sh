@@ -34,7 +34,7 @@ say "drawing 8 000 scenes for each task, eight tenths of one coloured shape, the
 one=(--things=1 --things=1 --things=1 --things=1)
 "$python" -m unialign_jax.data.scenes --target="$out/corpus" --count=8000 "${one[@]}" "${one[@]}" --things=2 --things=3
 
-say "training a 1.9 M parameter model from scratch, three stages: $stages" "15 minutes"
+say "training a 1.2 M parameter model from scratch, three stages: $stages" "15 minutes"
 "$python" launch/train.py --config=configs/scenes_tiny.py:quick --workdir="$out" --config.data.root="$out/corpus"
 
 score() { # label, checkpoint, numbers of things
@@ -44,7 +44,7 @@ score() { # label, checkpoint, numbers of things
 say "six tasks with the model just trained, on held-out scenes of one thing" "5 minutes"
 score fresh "$out/personalize" 1
 say "six tasks with the shipped checkpoint, on held-out scenes of one and two things" "3 minutes"
-score shipped scenes 1,1-2
+score shipped scenes 1-2
 
 say "the fresh model for PyTorch users" "half a minute"
 "$python" launch/convert.py --to=torch --source="$out/personalize" --target="$out/pytorch"

@@ -12,6 +12,8 @@ from fsspec.registry import _registry
 from unialign_jax import exports, pretrained
 from unialign_jax.checkpoints import Checkpoints
 from unialign_jax.convert import ConversionError
+from unialign_jax.networks import build_networks
+from unialign_jax.saved_step import WrongArchitecture
 from unialign_jax.state import TrainState
 
 
@@ -70,6 +72,18 @@ def test_networks_that_a_run_did_not_train_are_read_in_the_wanted_dtype(half_fro
     assert float32_bytes == [nbytes(params["transformer"]) + no_kernels(params["text_encoder"])]
     whole = pretrained.load(directory, dtype="float32").params
     jax.tree.map(np.testing.assert_array_equal, {name: whole[name] for name in params}, params)
+
+
+def test_another_networks_weights_are_refused_for_good(stage):
+    directory, _ = stage
+    with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
+        model = checkpoints.meta()["config"]["model"]
+    others = {"num_attention_heads": 1, "attention_head_dim": 16}  # of the same shapes
+    networks = build_networks(model | {"transformer": model["transformer"] | others})
+    abstract = jax.eval_shape(networks.init, jax.random.key(0))
+    with pytest.raises(WrongArchitecture, match="num_attention_heads is 2 there and 1 in the config") as caught:
+        pretrained.initial_params(networks, jax.random.key(0), abstract, str(directory))
+    assert caught.value.final
 
 
 def test_a_public_directory_is_found_at_home_and_refused_in_a_bucket(golden, tmp_path, monkeypatch):

@@ -161,21 +161,49 @@ class UniAlignPipeline:
         Among several lists some may be empty.
         """
         items = [images] if isinstance(prompt, str) else images
-        for item in [items, *items]:
+        if inputs.is_image(items):
+            raise ValueError("one image came with a list of prompts; each prompt needs a list of images")
+        inputs.check_list(items, "images")
+        for item in items:
             if not inputs.is_image(item):
                 inputs.check_list(item, "images")
         return self._images(prompt, [[item] if inputs.is_image(item) else list(item) for item in items], **options)
 
     def caption(self, image: ImageLike | Sequence[ImageLike], **options: Unpack[TextOptions]) -> Any:
         """Image -> text. Steps are by default those of the protocol, see `presets.Protocol`."""
-        return self._texts(image, None, **options)
+
+        def words(preset: presets.Protocol, count: int) -> tuple[np.ndarray, np.ndarray]:
+            length = min(self.text_length, preset.caption_length)
+            ids, learned = self.tokenizer.encode_prompted(preset.caption, "", length)
+            return np.tile(ids, (count, 1)), np.tile(~learned, (count, 1))
+
+        return self._texts("caption", image, words, **options)
 
     def answer(
         self, image: ImageLike | Sequence[ImageLike], question: str | Sequence[str], **options: Unpack[TextOptions]
     ) -> Any:
         """Image and question -> a word or phrase; the protocol words the question (`presets.Protocol.question`)."""
         inputs.as_list(image, question, "image", "question")
-        return self._texts(image, question, **options)
+        questions = inputs.check_texts(question, "question")
+
+        def words(preset: presets.Protocol, count: int) -> tuple[np.ndarray, np.ndarray]:
+            ids, known = zip(*(self.encode_question(text, preset) for text in questions), strict=True)
+            return np.stack(ids), np.stack(known)
+
+        return self._texts("answer", image, words, **options)
+
+    def complete(
+        self, images: Sequence[ImageLike], ids: np.ndarray, known: np.ndarray, **options: Unpack[TextOptions]
+    ) -> list[str]:
+        """Images and texts of which some ids are known -> the rest; captions and answers are made so.
+
+        Args:
+          images: of B items.
+          ids: int32 `[B, T]`, read where they are known.
+          known: bool `[B, T]`.
+          **options: those of `caption`.
+        """
+        return self._texts("caption", images, lambda *_: (ids, known), **options)
 
     def encode_question(self, question: str, protocol: str | presets.Protocol | None = None):
         """The ids int32 `[T]` of a question in a protocol's words, and where they stand, bool `[T]`.
@@ -323,8 +351,9 @@ class UniAlignPipeline:
 
     def _texts(
         self,
+        task: str,
         image: ImageLike | Sequence[ImageLike],
-        question: str | Sequence[str] | None,
+        words: Callable[[presets.Protocol, int], tuple[np.ndarray, np.ndarray]],
         *,
         seed: int | Sequence[int] = 0,
         steps: int | None = None,
@@ -336,7 +365,7 @@ class UniAlignPipeline:
         protocol: str | presets.Protocol | None = None,
         gather: bool = True,
     ) -> Any:
-        """The text tasks; no question is a caption."""
+        """The text tasks; `words` gives a protocol's ids for a number of images, and which of them are known."""
         preset = self.protocol if protocol is None else presets.protocol(protocol)
         single = inputs.is_image(image)
         if not single:
@@ -346,24 +375,16 @@ class UniAlignPipeline:
             raise ValueError("there is nothing to do: the list is empty")
         height, width = inputs.image_size(self.networks, self.size, size, aspect)
         seeds = inputs.check_seeds(seed, len(images))
-        settled = preset.settle("caption" if question is None else "answer", steps=steps, fast=fast)
+        settled = preset.settle(task, steps=steps, fast=fast)
         steps, fast = settled["steps"], settled["fast"]
         inputs.check_number("steps", steps, 1, programs.MAX_STEPS, whole=True)
         inputs.check_choice("fast", fast, (True, False))
         inputs.check_choice("output", output, ("text", "array"))
-        length = min(self.text_length, preset.caption_length if question is None else preset.answer_length)
-        ids, known = np.zeros((len(images), length), np.int32), np.zeros((len(images), length), bool)
-        if question is None:
-            prompt, learned = self.tokenizer.encode_prompted(preset.caption, "", length)
-            ids[:], known[:] = prompt, ~learned
-        else:
-            questions = inputs.check_texts([question] if single else list(question), "question")
-            for i, text in enumerate(questions):
-                ids[i], known[i] = self.encode_question(text, preset)
+        ids, known = words(preset, len(images))
         pictures = np.stack([inputs.pixels(item, height, width) for item in images])
         if gather:
             request = {"items": len(images), "height": height, "width": width, "steps": steps, "fast": fast}
-            self.batches.check_same(makes="texts", **request, length=length)
+            self.batches.check_same(makes="texts", **request, length=ids.shape[1])
         program = programs.text_program(
             self.networks, self.mesh, steps, fast, self.tokenizer.mask_id, self.tokenizer.end_id
         )

@@ -138,7 +138,7 @@ def test_what_a_run_leaves(finished):
         assert values[STEPS, f"throughput/{rate}"].simple_value > 0
     grid = Image.open(io.BytesIO(values[STEPS, "samples"].image.encoded_image_string))
     assert grid.size == (2 * 17 - 1, 2 * 17 - 1)  # two samples, each its target and what was made
-    assert "| true | sampled |" in values[STEPS, "captions/text_summary"].tensor.string_val[0].decode()
+    assert "| given | true | sampled |" in values[STEPS, "captions/text_summary"].tensor.string_val[0].decode()
     assert "step 4/6 (67%)" in output and "compiled the step for 'recolour'" in output and "done at step 6" in output
 
 

@@ -144,6 +144,7 @@ def test_batches_of_a_source():
         ("tensor=8", {}, "4 attention heads cannot be split over tensor=8"),
         ("fsdp", {"trained": ("transformer", "judge")}, "trained"),
         ("fsdp", {"attention": "flash"}, "attention"),
+        ("fsdp", {"objective.semantic_depth": 9}, "semantic_depth is 9, but the transformer has 5 blocks"),
     ],
 )
 def test_what_the_mesh_does_not_divide_is_refused_before_anything_runs(strategy, changes, message):

@@ -113,6 +113,7 @@ def changed(path: str, value) -> ml_collections.ConfigDict:
         ("objective.text_dropout", 2.0, r"objective: text_dropout is 2.0, expected a probability"),
         ("objective.temperature", 0.0, r"objective: temperature is 0.0"),
         ("micro_batches", 0, r"micro_batches is 0, expected 1 or more"),
+        ("data.caption_prompt", ":", r"caption_prompt is ':', but protocol 'unialignment' samples captions after ''"),
         ("protocol", "nosuch", r"protocol is 'nosuch', expected one of .*unialignment"),
         ("model.techer", {}, r"model.techer: unknown key; known are .*teacher"),
     ],

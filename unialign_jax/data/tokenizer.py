@@ -134,9 +134,9 @@ class Tokenizer(PlainTokenizer):
     def __init__(self, backend: tokenizers.Tokenizer, config: dict, source: str):
         super().__init__(backend, config, source)
         self._end_id = self._id_of("end", self._name_of("eos_token", END))
-        self._pad_id = self._id_of("padding", self._name_of("pad_token", PAD))
+        pad_id = self._id_of("padding", self._name_of("pad_token", PAD))
         self._mask_id = self._id_of("mask", MASK)
-        self._control_ids |= {self._end_id, self._pad_id, self._mask_id}
+        self._control_ids |= {self._end_id, pad_id, self._mask_id}
 
     @property
     def end_id(self) -> int:
@@ -147,11 +147,6 @@ class Tokenizer(PlainTokenizer):
     def mask_id(self) -> int:
         """Id of `<extra_id_0>`, which masks a token in text diffusion (T5: 32099)."""
         return self._mask_id
-
-    @property
-    def pad_id(self) -> int:
-        """Id of the tokenizer's own padding token (T5: 0), which `encode` does not use."""
-        return self._pad_id
 
     def encode(self, text: str, length: int) -> np.ndarray:
         """Ids of a text, the end token, and end tokens up to `length`: int32 `[length]`.

@@ -13,7 +13,7 @@ from unialign_jax.data.samples import Cause, Refused
 from unialign_jax.models.unialign import check_latent_size
 from unialign_jax.networks import Networks
 
-# All items of a batch have room for the most that one of them has, each as many tokens as the image itself.
+# All items of a request have room for the most that one of them has, each as many tokens as the image itself.
 MAX_REFERENCES = 16
 
 ImageLike = Image.Image | np.ndarray | str | os.PathLike
@@ -137,7 +137,7 @@ def image_size(
     if size is not None and aspect is not None:
         raise ValueError(f"size {size} and aspect {aspect!r} are both given; give one")
     if aspect is not None:
-        ratio = _ratio(aspect)
+        ratio = check_aspect(aspect)
         cells = math.prod(default) / factor**2
         rows, columns = math.sqrt(cells / ratio), math.sqrt(cells * ratio)
         shrink = min(1.0, config.pos_embed_max_size / max(rows, columns))
@@ -154,7 +154,12 @@ def image_size(
     return height, width
 
 
-def _ratio(aspect: str | float) -> float:
+def check_aspect(aspect: str | float) -> float:
+    """Width over height of "16:9" or 1.5.
+
+    Raises:
+      ValueError: it is neither.
+    """
     parts = aspect.split(":") if isinstance(aspect, str) else [aspect]
     try:
         numbers = [float(part) for part in parts]
@@ -190,6 +195,8 @@ def pixels(image: ImageLike, height: int, width: int) -> np.ndarray:
             if not image.size:
                 raise ValueError(f"an image array of shape {list(image.shape)} has no pixels")
             image = Image.fromarray(image)
+        if isinstance(image, Image.Image) and 0 in image.size:
+            raise ValueError(f"an image of {image.width} x {image.height} has no pixels")
         if not isinstance(image, Image.Image):
             raise ValueError(f"an image is a path, a PIL image or an array, not a {type(image).__name__}")
         return _fitted(image, height, width)
@@ -208,7 +215,7 @@ def _fitted(image: Image.Image, height: int, width: int) -> np.ndarray:
 
 
 def reference_pixels(references: Sequence[Sequence[ImageLike]], height: int, width: int):
-    """References of a batch of items, each with its own number of them.
+    """References of the items of a request, each with its own number of them.
 
     Returns:
       uint8 `[B, N, height, width, 3]` with N the largest number, and bool `[B, N]`, False where an item has no such

@@ -194,8 +194,17 @@ def _check(job: Job) -> Rows:
         flow_matching.check_interval(job.options["guidance_interval"])
     if "protocol" in job.options:
         presets.protocol(job.options["protocol"])
+    if "aspect" in job.options:
+        inputs.check_aspect(job.options["aspect"])
+        if "size" in job.options:
+            raise ValueError("size and aspect are both given; give one")
+    if job.task == "generate" and job.options.get("reference_guidance", 1) != 1:
+        raise ValueError("generate takes no reference_guidance: it has no reference images")
     if job.prompts is None:
-        return FlagRows(job.task, job.seed, job.prompt, job.images, job.count)
+        rows = FlagRows(job.task, job.seed, job.prompt, job.images, job.count)
+        for path in job.images:
+            inputs.pixels(path, 8, 8)  # whether it can be read
+        return rows
     if job.prompt or job.images or job.count != 1:
         raise ValueError("a file of prompts says what to make; leave prompt, images and count out")
     return FileRows(job.task, job.seed, job.prompts)
@@ -319,20 +328,16 @@ class _Maker:
         self._size = inputs.image_size(
             pipeline.networks, pipeline.size, job.options.get("size"), job.options.get("aspect")
         )
-        self._grey = np.full((1, 1, 3), 127, np.uint8)
+        self._grey = np.full((*self._size, 3), 127, np.uint8)
         protocol = pipeline.protocol if "protocol" not in job.options else presets.protocol(job.options["protocol"])
         settled = protocol.settle(job.task, **job.options)
         self.facts = {"task": job.task, "dtype": job.dtype, **job.options, **settled}
 
     def check(self, rows: Rows) -> None:
-        """Refuses strict rows that can't be made, in every process, before any makes one: each image is read once."""
-        if not self._strict:
-            return
-        for row in {(row.prompt, row.images): row for row in rows}.values():
-            for path in row.images:
-                inputs.pixels(path, *self._size)
-            if self._job.task == "answer":
-                self._pipeline.encode_question(row.prompt, self._job.options.get("protocol"))
+        """Refuses strict rows whose question is too long, in every process, before any makes one."""
+        if self._strict and self._job.task == "answer":
+            for prompt in {row.prompt for row in rows}:
+                self._pipeline.encode_question(prompt, self._job.options.get("protocol"))
 
     def read(self, rows: list[Row] | None) -> _Prepared | None:
         """Reads the images of the rows that this process works on, and finds out which rows can't be made."""

@@ -35,7 +35,8 @@ def train_step_flops(
 ) -> int:
     """FLOPs that one update of the transformer needs: the passes that run, forward and backward.
 
-    The frozen encoders, the optimizer and anything recomputed do not count, as is usual for model FLOPs.
+    The frozen encoders, the optimizer and anything recomputed do not count, as is usual for model FLOPs. All parameters
+    are taken for trained: where some are frozen, or adapted by LoRA, the backward pass needs up to half less.
 
     Args:
       config: the transformer's shape.

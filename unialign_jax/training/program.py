@@ -56,6 +56,12 @@ class Program:
         self.networks = build_networks(
             run.model, dtype=run.dtype, remat=run.remat, attention=run.attention, unroll=run.unroll
         )
+        layers = self.networks.transformer.config.num_layers
+        if self.networks.teacher is not None and not 1 <= run.objective.semantic_depth <= layers:
+            raise ValueError(
+                f"objective.semantic_depth is {run.objective.semantic_depth}, but the transformer has {layers} blocks; "
+                f"expected 1 to {layers}"
+            )
         parallel.check_batch(mesh, run.data.global_batch, run.micro_batches)
         parallel.check_heads(mesh, self.networks.transformer.config.num_attention_heads)
         for size in run.data.sizes():

@@ -176,6 +176,11 @@ class RunConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"protocol is {self.protocol!r}, expected one of {', '.join(PROTOCOLS)}")
+        if self.data.caption_prompt != (sampled := PROTOCOLS[self.protocol].caption):
+            raise ValueError(
+                f"data.caption_prompt is {self.data.caption_prompt!r}, but protocol {self.protocol!r} samples captions "
+                f"after {sampled!r}; make them equal, or choose another protocol"
+            )
         if unknown := set(self.model) - _NETWORKS:
             raise ValueError(f"model.{min(unknown)}: unknown key; known are {', '.join(sorted(_NETWORKS))}")
         if not self.trained:

@@ -1,9 +1,10 @@
-"""What a model in training makes of a few samples: images beside their targets, captions beside the true ones."""
+"""What a model in training makes of a few samples: images beside their targets, texts beside the true ones."""
 
 import numpy as np
 
 from unialign_jax.data.images import image_grid
 from unialign_jax.data.tokenizer import Tokenizer
+from unialign_jax.inference.inputs import MAX_REFERENCES
 from unialign_jax.networks import Networks, Params
 from unialign_jax.pipeline import UniAlignPipeline
 from unialign_jax.training.run_config import LogConfig
@@ -17,7 +18,7 @@ def sample_grid(
     settings: LogConfig,
     protocol: str,
 ) -> tuple[np.ndarray, str]:
-    """Samples an image for each instruction and a caption for each target of a host batch.
+    """Samples an image for each instruction and a text for each target of a host batch: its caption or its answer.
 
     Args:
       networks, params: the model; parameters of all networks by name.
@@ -28,7 +29,7 @@ def sample_grid(
 
     Returns:
       A grid of rows `[references | target | sampled image]`, uint8 `[height, width, 3]`, and a Markdown table of the
-      true and the sampled captions.
+      true and the sampled texts, after what is given of them.
     """
     count, height, width, _ = batch["target"].shape
     pipeline = UniAlignPipeline(
@@ -45,16 +46,17 @@ def sample_grid(
     columns = [batch["target"]]
     if "references" in batch and batch["reference_mask"].any():
         pairs = zip(batch["references"], batch["reference_mask"], strict=True)
-        made = pipeline.compose([list(images[there]) for images, there in pairs], prompts, **options)
+        made = pipeline.compose([list(images[there])[:MAX_REFERENCES] for images, there in pairs], prompts, **options)
         columns = [*batch["references"].swapaxes(0, 1), *columns]
     else:
         made = pipeline.generate(prompts, **options)
     columns.append(np.stack([np.asarray(image) for image in made]))
     rows = np.stack(columns, axis=1).reshape(count * len(columns), height, width, 3)
 
-    captions = pipeline.caption(list(batch["target"]), steps=settings.sample_steps)
-    lines = ["| true | sampled |", "| --- | --- |"]
-    for ids, learned, caption in zip(batch["caption_ids"], batch["caption_loss_mask"], captions, strict=True):
-        true = tokenizer.decode(ids[learned])
-        lines.append("| " + " | ".join(text.replace("|", "/") for text in (true, caption)) + " |")
+    given = ~batch["caption_loss_mask"]  # a question, or the prompt of captions
+    made = pipeline.complete(list(batch["target"]), batch["caption_ids"], given, steps=settings.sample_steps)
+    lines = ["| given | true | sampled |", "| --- | --- | --- |"]
+    for ids, prompt, sampled in zip(batch["caption_ids"], given, made, strict=True):
+        cells = tokenizer.decode(ids[prompt]), tokenizer.decode(ids[~prompt]), sampled
+        lines.append("| " + " | ".join(text.replace("|", "/") for text in cells) + " |")
     return image_grid(rows, columns=len(columns)), "\n".join(lines)
