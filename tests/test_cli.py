@@ -1,4 +1,4 @@
-"""Commands refuse what is wrong with one line on standard error and exit code 1, before anything heavy is loaded."""
+"""Commands refuse what is wrong with one line on standard error and an exit code, before anything heavy is loaded."""
 
 import os
 import pathlib
@@ -44,12 +44,12 @@ TINY = "--config=configs/photos_tiny.py"
     ],
 )
 def test_wrong_flags(arguments, parts, tmp_path):
-    assert_refused(run(*arguments, f"--workdir={tmp_path}"), *parts)
+    assert_refused(run(*arguments, f"--workdir={tmp_path}"), *parts, code=78)
 
 
 def test_required_flags():
-    assert_refused(run(TINY), "--workdir")
-    assert_refused(run("--workdir=runs"), "--config")
+    assert_refused(run(TINY), "--workdir", code=78)
+    assert_refused(run("--workdir=runs"), "--config", code=78)
 
 
 def test_data_that_is_not_there(tmp_path):

@@ -1,4 +1,4 @@
-"""What all commands share: an error that a user can mend is one line on standard error and exit code 1."""
+"""What all commands share: an error that a user can mend is one line on standard error and an exit code."""
 
 import logging
 import re
@@ -12,16 +12,16 @@ from unialign_jax import compilation_cache
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code an error arose, not only what it says.")
 flags.disclaim_key_flags()  # those defined below, for a program, are its own in its --help
-# After an error that starting the same command again can't mend: its class has an attribute `final`. The launchers of
-# pods, which restart what fails, leave it at that.
+# After an error that starting the same command again can't mend: wrong flags, and those whose class has an attribute
+# `final`. The launchers of pods, which restart what fails, leave it at that.
 FINAL_EXIT_CODE = 78
 
 
 def run(main: Callable[[], None]) -> None:
     """Runs an absl program whose flags are already defined; does not return.
 
-    Wrong flags and config overrides, missing or unreadable files, every `ValueError` that this package raises, and too
-    little device memory become one line and exit code 1. All other exceptions are defects of the program and keep their
+    Missing or unreadable files, every `ValueError` that this package raises, and too little device memory become one line
+    and exit code 1; wrong flags and config overrides, and errors that are `final`, code 78. All other exceptions are defects of the program and keep their
     traceback.
 
     Args:
@@ -30,7 +30,7 @@ def run(main: Callable[[], None]) -> None:
 
     def guarded(arguments: list[str]) -> None:
         if len(arguments) > 1:
-            _exit(f"unexpected argument {arguments[1]!r}; every option is given as --name=value")
+            _exit(f"unexpected argument {arguments[1]!r}; every option is given as --name=value", FINAL_EXIT_CODE)
         try:
             main()
         except (ValueError, OSError) as error:
@@ -88,9 +88,9 @@ def _parse(arguments: list[str]) -> list[str]:
             flags.FLAGS.verbosity = absl_logging.WARNING  # Orbax tells of every file it touches; --verbosity=0 shows it
         return positional
     except (flags.Error, OSError) as error:
-        _exit(_message(error))
+        _exit(_message(error), FINAL_EXIT_CODE)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        _exit(_wrong_override(str(error), arguments))
+        _exit(_wrong_override(str(error), arguments), FINAL_EXIT_CODE)
 
 
 def _message(error: Exception) -> str:

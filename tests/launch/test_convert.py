@@ -83,7 +83,7 @@ def test_the_parameters_themselves_and_the_comparison_with_pytorch(convert, stag
 )
 def test_errors_are_one_line(convert, flags, message):
     run = convert(**flags)
-    assert run.returncode == 1
+    assert run.returncode in (1, 78)
     assert message in run.stderr and "Traceback" not in run.stderr
     assert len(run.stderr.strip().splitlines()) == 1
     assert not (ROOT / "t").exists() and not (ROOT / "gs:").exists()
