@@ -20,9 +20,9 @@ FINAL_EXIT_CODE = 78
 def run(main: Callable[[], None]) -> None:
     """Runs an absl program whose flags are already defined; does not return.
 
-    Missing or unreadable files, every `ValueError` that this package raises, and too little device memory become one line
-    and exit code 1; wrong flags and config overrides, and errors that are `final`, code 78. All other exceptions are defects of the program and keep their
-    traceback.
+    Missing or unreadable files, every `ValueError` that this package raises, and too little device memory become one
+    line and exit code 1; wrong flags and config overrides, and errors that are `final`, code 78. All other exceptions
+    are defects of the program and keep their traceback.
 
     Args:
       main: called without arguments; an argument that is no flag is refused.
