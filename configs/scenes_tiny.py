@@ -12,7 +12,7 @@ from ml_collections import config_dict
 
 STAGES = ("pretrain", "unify", "personalize")
 STEPS = {"pretrain": 3_000, "unify": 5_000, "personalize": 2_000}
-QUICK_STEPS = {"pretrain": 1_700, "unify": 450, "personalize": 100}
+QUICK_STEPS = {"pretrain": 2_200, "unify": 450, "personalize": 75}
 LEARNING_RATES = {"pretrain": 4e-3, "unify": 3e-3, "personalize": 2e-3}
 # The language has 122 words, with their commas: at this size each is one token, so that 32 hold every text and its end.
 VOCABULARY = 256

@@ -30,20 +30,20 @@ fi
 rm -rf "$out"
 mkdir -p "$out"
 
-say "drawing 8 000 scenes for each task, eight tenths of one coloured shape, the rest of two or three" "16 minutes"
+say "drawing 7 000 scenes for each task, eight tenths of one coloured shape, the rest of two or three" "18 minutes"
 one=(--things=1 --things=1 --things=1 --things=1)
-"$python" -m unialign_jax.data.scenes --target="$out/corpus" --count=8000 "${one[@]}" "${one[@]}" --things=2 --things=3
+"$python" -m unialign_jax.data.scenes --target="$out/corpus" --count=7000 "${one[@]}" "${one[@]}" --things=2 --things=3
 
-say "training a 1.2 M parameter model from scratch, three stages: $stages" "15 minutes"
+say "training a 1.2 M parameter model from scratch, three stages: $stages" "17 minutes"
 "$python" launch/train.py --config=configs/scenes_tiny.py:quick --workdir="$out" --config.data.root="$out/corpus"
 
 score() { # label, checkpoint, numbers of things
   "$python" launch/evaluate.py --checkpoint="$2" --benchmark=scenes --things="$3" --count=48 --batch=48 \
     --output="$out/scores/$1"
 }
-say "six tasks with the model just trained, on held-out scenes of one thing" "5 minutes"
+say "six tasks with the model just trained, on held-out scenes of one thing" "4 minutes"
 score fresh "$out/personalize" 1
-say "six tasks with the shipped checkpoint, on held-out scenes of one and two things" "3 minutes"
+say "six tasks with the shipped checkpoint, on held-out scenes of one and two things" "2 minutes"
 score shipped scenes 1-2
 
 say "the fresh model for PyTorch users" "half a minute"
