@@ -15,6 +15,7 @@ flags.disclaim_key_flags()  # those defined below, for a program, are its own in
 # After an error that starting the same command again can't mend: wrong flags, and those whose class has an attribute
 # `final`. The launchers of pods, which restart what fails, leave it at that.
 FINAL_EXIT_CODE = 78
+_NO_CONFIG = "Failed loading config file"  # ml_collections says so when the config is first read
 
 
 def run(main: Callable[[], None]) -> None:
@@ -36,7 +37,8 @@ def run(main: Callable[[], None]) -> None:
         except (ValueError, OSError) as error:
             if _TRACEBACK.value or not (isinstance(error, OSError) or _raised_by_us(error)):
                 raise
-            _exit(_message(error), FINAL_EXIT_CODE if getattr(error, "final", False) else 1)
+            final = getattr(error, "final", False) or _NO_CONFIG in str(error)
+            _exit(_message(error), FINAL_EXIT_CODE if final else 1)
         except RuntimeError as error:  # JAX's own class of them, which is not loaded for its name alone
             if _TRACEBACK.value or "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -95,7 +97,7 @@ def _parse(arguments: list[str]) -> list[str]:
 
 def _message(error: Exception) -> str:
     text = str(error)
-    missing = re.search(r"Failed loading config file.*No such file or directory: '([^']*)'", text, re.DOTALL)
+    missing = re.search(_NO_CONFIG + r".*No such file or directory: '([^']*)'", text, re.DOTALL)
     if missing:
         return f"config file {missing.group(1)!r} does not exist"
     # The error of a config file that raises holds its whole traceback; the last line of that says what is wrong.

@@ -177,7 +177,7 @@ def _make(kind: type, name: str, model: Mapping[str, Any]):
             raise ValueError(
                 f"model.{name}.{key}: expected {getattr(hints[key], '__name__', hints[key])}, found {value!r}"
             )
-        least = 0 if key == "mask_token_id" else 1  # all else are sizes and counts
+        least = 0 if key in ("mask_token_id", "min_pixels") else 1  # all else are sizes and counts
         if hints[key] is int and value < least:
             raise ValueError(f"model.{name}.{key} is {value}, expected {least} or more")
     return kind(**fields)

@@ -73,8 +73,6 @@ def test_the_parameters_themselves_and_the_comparison_with_pytorch(convert, stag
             {"to": "torch", "source": "a", "target": "t", "mask_token": "b"},
             "--mask_token and --teacher go with --to=jax",
         ),
-        ({"to": "onnx", "source": "a", "target": "t"}, "should be one of <jax|torch>"),
-        ({"to": "jax", "source": "a"}, "--target"),
         (
             {"to": "jax", "source": "tests/golden", "target": "gs://bucket/t"},
             "target gs://bucket/t: weights are converted on local disks; give a local directory, and copy that after",
@@ -82,8 +80,22 @@ def test_the_parameters_themselves_and_the_comparison_with_pytorch(convert, stag
     ],
 )
 def test_errors_are_one_line(convert, flags, message):
-    run = convert(**flags)
-    assert run.returncode in (1, 78)
+    assert_refused(convert(**flags), message, 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"to": "onnx", "source": "a", "target": "t"}, "should be one of <jax|torch>"),
+        ({"to": "jax", "source": "a"}, "--target"),
+    ],
+)
+def test_wrong_flags_are_one_line_and_final(convert, flags, message):
+    assert_refused(convert(**flags), message, 78)
+
+
+def assert_refused(run, message, code):
+    assert run.returncode == code
     assert message in run.stderr and "Traceback" not in run.stderr
     assert len(run.stderr.strip().splitlines()) == 1
     assert not (ROOT / "t").exists() and not (ROOT / "gs:").exists()

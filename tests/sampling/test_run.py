@@ -257,6 +257,12 @@ def test_rows_of_training_data_are_prompts_too(tmp_path, task, row, prompt, imag
     assert made.images == tuple(str(tmp_path / image) for image in images)
 
 
+def test_questions_about_images_are_no_prompts(tmp_path):
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a dog"}]
+    (row,) = FileRows("generate", 0, jsonl(tmp_path / "rows.jsonl", [{"image": "a.png", "conversations": turns}]))
+    assert "generate needs a prompt" in row.error
+
+
 def test_two_images_are_one_too_many_where_no_row_of_training_has_them(tmp_path):
     (row,) = FileRows("edit", 0, jsonl(tmp_path / "rows.jsonl", [{"instruction": "swap", "image": ["a", "b"]}]))
     assert "takes one image a row, not 2" in row.error

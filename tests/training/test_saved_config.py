@@ -15,6 +15,7 @@ def make_config(**changes):
             "optimizer": {"learning_rate": 1e-4, "betas": (0.9, 0.99)},
             "init": {"checkpoint": ml_collections.config_dict.placeholder(str)},
             "allow_changed": (),
+            "protocol": "unialignment",
             "resume_step": ml_collections.config_dict.placeholder(int),
         }
     ).lock()
@@ -65,7 +66,7 @@ def test_keys_that_exist_on_one_side_only():
 
 
 def test_how_to_resume_is_no_difference():
-    changed = as_json(make_config(**{"resume_step": 5, "allow_changed": ("steps",)}))
+    changed = as_json(make_config(**{"resume_step": 5, "allow_changed": ("steps",), "protocol": "plain"}))
     assert check_unchanged(as_json(make_config()), changed, ()) == {}
 
 

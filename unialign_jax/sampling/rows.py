@@ -85,11 +85,11 @@ def _published(task: str, row: dict[str, Any]) -> tuple[Any, Any]:
     prompt = next((row[key] for key in _PROMPT_KEYS if key in row), None)
     images = next((row[key] for key in _IMAGE_KEYS if key in row), [])
     match row:
-        case {"conversations": [{"value": caption}, *_]} if task == "generate" and prompt is None:
-            prompt = caption
+        case {"conversations": [{"value": str() as caption}, *_]} if task == "generate" and prompt is None:
+            prompt = None if "<image>" in caption else caption  # else a question about an image
         case {"conversations": _, "instruction": _, "image": [source, _]} if task in ("edit", "perceive"):
             images = [source]
-        case {"edit_prompt": str() as quoted} if prompt is quoted:
+        case {"edit_prompt": str() as quoted, "generated_images": _} if prompt is quoted:
             prompt = quoted.strip(' \\"')
     return prompt, images
 
@@ -122,7 +122,7 @@ class FileRows(Rows):
 
     An object has `prompt` (or `instruction`, `edit_prompt`, `question`), `image` (or `images`, `original_images`: a
     path or a list) and `seed`; what the task does not need and other keys are ignored. Paths are relative to the file.
-    Rows of training data will do: `generate` takes their caption, `edit` and `perceive` the first of their two images.
+    Rows of training data will do: `generate` takes the caption of its own, `edit` and `perceive` the first of two images.
 
     Raises:
       ValueError: it has no rows.

@@ -129,6 +129,7 @@ def sample(job: Job) -> Result:
 
     failed, shown = 0, []
     if left:
+        agreement.everywhere(lambda: _check_images(job), ValueError)
         pipeline = UniAlignPipeline.from_pretrained(
             weights,
             mesh,
@@ -194,20 +195,23 @@ def _check(job: Job) -> Rows:
         flow_matching.check_interval(job.options["guidance_interval"])
     if "protocol" in job.options:
         presets.protocol(job.options["protocol"])
-    if "aspect" in job.options:
+    if job.options.get("aspect") is not None:
         inputs.check_aspect(job.options["aspect"])
-        if "size" in job.options:
+        if job.options.get("size") is not None:
             raise ValueError("size and aspect are both given; give one")
     if job.task == "generate" and job.options.get("reference_guidance", 1) != 1:
         raise ValueError("generate takes no reference_guidance: it has no reference images")
     if job.prompts is None:
-        rows = FlagRows(job.task, job.seed, job.prompt, job.images, job.count)
-        for path in job.images:
-            inputs.pixels(path, 8, 8)  # whether it can be read
-        return rows
+        return FlagRows(job.task, job.seed, job.prompt, job.images, job.count)
     if job.prompt or job.images or job.count != 1:
         raise ValueError("a file of prompts says what to make; leave prompt, images and count out")
     return FileRows(job.task, job.seed, job.prompts)
+
+
+def _check_images(job: Job) -> None:
+    """Reads each image that flags name once, before a model is read."""
+    for path in dict.fromkeys(job.images):
+        inputs.pixels(path, 8, 8)
 
 
 def _batch_size(job: Job, mesh: jax.sharding.Mesh, count: int) -> int:

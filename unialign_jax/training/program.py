@@ -24,7 +24,7 @@ from unialign_jax.models.unialign import check_latent_size
 from unialign_jax.networks import build_networks
 from unialign_jax.state import TrainState, create_state, make_optimizer
 from unialign_jax.training import flops
-from unialign_jax.training.run_config import CACHED, RunConfig
+from unialign_jax.training.run_config import CACHED, ConfigError, RunConfig
 from unialign_jax.training.step import make_train_step
 
 
@@ -47,25 +47,29 @@ class Program:
       state, frozen, key: the step's arguments, as such trees. `frozen` holds those of `params` that are not trained.
 
     Raises:
-      ValueError: networks that can't be built, image sizes that they can't take, or a batch, heads or parameters that
-        the mesh does not divide. Nothing has been compiled or allocated by then.
+      ConfigError: networks that can't be built, or image sizes that they can't take.
+      ValueError: a batch, heads or parameters that the mesh does not divide. Nothing has been compiled or allocated by
+        then.
     """
 
     def __init__(self, run: RunConfig, mesh: Mesh):
         self.run, self.mesh = run, mesh
-        self.networks = build_networks(
-            run.model, dtype=run.dtype, remat=run.remat, attention=run.attention, unroll=run.unroll
-        )
+        try:
+            self.networks = build_networks(
+                run.model, dtype=run.dtype, remat=run.remat, attention=run.attention, unroll=run.unroll
+            )
+            for size in run.data.sizes():
+                self._check_size(*size)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         layers = self.networks.transformer.config.num_layers
         if self.networks.teacher is not None and not 1 <= run.objective.semantic_depth <= layers:
-            raise ValueError(
+            raise ConfigError(
                 f"objective.semantic_depth is {run.objective.semantic_depth}, but the transformer has {layers} blocks; "
                 f"expected 1 to {layers}"
             )
         parallel.check_batch(mesh, run.data.global_batch, run.micro_batches)
         parallel.check_heads(mesh, self.networks.transformer.config.num_attention_heads)
-        for size in run.data.sizes():
-            self._check_size(*size)
         boxed = self.networks.abstract()
         params = jax.tree.map(parallel.placed, nn.unbox(boxed), parallel.param_shardings(boxed, mesh))
         run.tuning.check(params)

@@ -179,7 +179,7 @@ class RunConfig:
         if self.data.caption_prompt != (sampled := PROTOCOLS[self.protocol].caption):
             raise ValueError(
                 f"data.caption_prompt is {self.data.caption_prompt!r}, but protocol {self.protocol!r} samples captions "
-                f"after {sampled!r}; make them equal, or choose another protocol"
+                f"after {sampled!r}; make them equal, or choose another protocol (inference/presets.py has them)"
             )
         if unknown := set(self.model) - _NETWORKS:
             raise ValueError(f"model.{min(unknown)}: unknown key; known are {', '.join(sorted(_NETWORKS))}")

@@ -5,8 +5,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-# They say how to resume, not what is being trained.
-_ABOUT_RESUMING = ("allow_changed", "resume_step")
+# They say how to resume and how the model is sampled, not what is being trained.
+_FREE = ("allow_changed", "resume_step", "protocol")
 # Which samples come next follows from these: the state of the data is of no other run.
 _FOR_GOOD = ("seed", "data.global_batch")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -62,7 +62,7 @@ def check_unchanged(saved: Mapping[str, Any], current: Mapping[str, Any], allowe
         parts = key.split(".")
         return any(".".join(parts[: n + 1]) in permitted for n in range(len(parts)))
 
-    found = {key: pair for key, pair in differences(saved, current).items() if key not in _ABOUT_RESUMING}
+    found = {key: pair for key, pair in differences(saved, current).items() if key not in _FREE}
     refused = {key: pair for key, pair in found.items() if not is_permitted(key)}
     shown = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in (refused or found).items())
     if never := [key for key in _FOR_GOOD if key in found]:

@@ -105,7 +105,7 @@ def _texts(sources: Iterable[Source]) -> Iterator[str]:
 
     for rows in sources:
         # Threads, as a row in a bucket is a request; rows on a disk they would only delay.
-        with concurrent.futures.ThreadPoolExecutor(_THREADS if storage.is_remote(rows.path) else 1) as pool:
+        with concurrent.futures.ThreadPoolExecutor(_THREADS if storage.is_remote(rows.sizes_path) else 1) as pool:
             chunks = (range(start, min(start + _CHUNK, len(rows))) for start in range(0, len(rows), _CHUNK))
             while ahead := list(itertools.islice(chunks, _AHEAD)):
                 for texts in pool.map(functools.partial(read, rows), ahead):
