@@ -122,7 +122,7 @@ class FileRows(Rows):
 
     An object has `prompt` (or `instruction`, `edit_prompt`, `question`), `image` (or `images`, `original_images`: a
     path or a list) and `seed`; what the task does not need and other keys are ignored. Paths are relative to the file.
-    Rows of training data will do: `generate` takes the caption of its own, `edit` and `perceive` the first of two images.
+    Rows of training data will do: `generate` takes their caption, `edit` and `perceive` the first of two images.
 
     Raises:
       ValueError: it has no rows.
