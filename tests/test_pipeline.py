@@ -314,6 +314,10 @@ def test_an_opened_image_that_is_cut_short_is_a_bad_request(pipeline, kind):
         (lambda p: p.caption(None), "image is a NoneType"),
         (lambda p: p.answer(picture(0), None), "question is a NoneType"),
         (
+            lambda p: p.complete([picture(0)], np.zeros((2, 8), np.int32), np.ones((2, 8), bool)),
+            r"1 image\(s\) came with ids \[2, 8\] and known \[2, 8\]; expected one text for each image",
+        ),
+        (
             lambda p: p.generate("a", guidance_interval=(0.8, 0.2)),
             "is .0.8, 0.2.; expected two noise levels",
         ),

@@ -202,7 +202,15 @@ class UniAlignPipeline:
           ids: int32 `[B, T]`, read where they are known.
           known: bool `[B, T]`.
           **options: those of `caption`.
+
+        Raises:
+          ValueError: as all methods; or the shapes do not go together.
         """
+        if ids.ndim != 2 or ids.shape != known.shape or len(ids) != len(images):
+            raise ValueError(
+                f"{len(images)} image(s) came with ids {list(ids.shape)} and known {list(known.shape)}; expected one "
+                "text for each image, in two arrays [B, T]"
+            )
         return self._texts("caption", images, lambda *_: (ids, known), **options)
 
     def encode_question(self, question: str, protocol: str | presets.Protocol | None = None):

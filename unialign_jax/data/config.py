@@ -21,7 +21,7 @@ class DataConfig:
       text_length: token ids per text.
       caption_prompt: stands before every caption, as a question before its answer, and is never masked. The network
         knows a token's place by its distance from others: where all are masked, a first one that never is tells places
-        apart. Published: none.
+        apart. Samplers ask with their protocol's, so a run's is that of its `protocol`. Published: none.
       teacher_length: token ids per caption for the semantic teacher; read only when there is a teacher tokenizer.
       seed: of the shuffles, in [0, 2^32).
       refused_share: highest share of a source's rows that may be unusable, in [0, 1); beyond it training stops.
