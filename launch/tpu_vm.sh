@@ -17,6 +17,7 @@ commands, in the order of a run:
   wait      until it is there
   install   copy this checkout to all workers and install it
   start     train on all workers, in the background       (-- --config=... --workdir=gs://...)
+            or do something else that goes on where it was (-- launch/sample.py ... --output=gs://...)
             again: only on workers where nothing runs, such as those of a host that was rebooted
   run       another program on all workers, until it ends  (-- launch/sample.py --checkpoint=gs://... ...)
   status    the request's state, and each worker's last line of log
@@ -108,13 +109,19 @@ create() {
 }
 
 wait_until_active() {
-  local state="" before=""
+  local state="" before="" failed=0
   while [[ "$state" != ACTIVE ]]; do
     if [[ -n "$dry_run" ]]; then
       tpus describe "$name" "--format=value(state.state)"
       return
     fi
-    state=$(tpus describe "$name" "--format=value(state.state)")
+    if ! state=$(tpus describe "$name" "--format=value(state.state)"); then
+      # Hours of waiting outlast an outage or two.
+      ((++failed < 10)) || fail "$name can't be described, 10 times in a row"
+      sleep "${UNIALIGN_WAIT_SECONDS:-30}"
+      continue
+    fi
+    failed=0
     [[ "$state" == "$before" ]] || echo "$(date '+%F %T') $name is $state"
     before=$state
     case "$state" in
@@ -122,7 +129,7 @@ wait_until_active() {
       FAILED | SUSPENDING | SUSPENDED | DELETING)
         fail "$name is $state and won't become ACTIVE; delete it and create it again"
         ;;
-      *) sleep 30 ;;
+      *) sleep "${UNIALIGN_WAIT_SECONDS:-30}" ;;
     esac
   done
 }
@@ -132,6 +139,8 @@ readonly INSTALL='set -e; mkdir -p ~/unialign_jax; tar -xzf ~/unialign_jax.tar.g
 python3 -m pip install --quiet --user uv
 [ -x .venv/bin/python ] || python3 -m uv venv --quiet --python=3.11 .venv
 python3 -m uv pip install --quiet --python=.venv/bin/python -e ".[tpu]"
+# Without, libtpu of v5e and later starts and ends slowly.
+sudo sh -c "echo always > /sys/kernel/mm/transparent_hugepage/enabled"
 .venv/bin/python -c "import jax; print(\"jax\", jax.__version__)"'
 
 install() {
@@ -146,17 +155,22 @@ install() {
 
 start() {
   [[ -n "$type" ]] || fail "start needs --type, the one that the TPU was created with"
-  local generation command argument has_config="" has_workdir=""
+  local generation command argument has_config="" has_workdir="" has_output=""
   generation=$(generation_of "$type")
   for argument in "${program[@]}"; do
     case "$argument" in
       --config=*) has_config=1 ;;
       --workdir=gs://*) has_workdir=1 ;;
-      --workdir=*) fail "$argument: all workers must reach it; expected --workdir=gs://BUCKET/DIRECTORY" ;;
+      --output=gs://*) has_output=1 ;;
+      --workdir=* | --output=*) fail "$argument: all workers must reach it; expected ${argument%%=*}=gs://BUCKET/DIRECTORY" ;;
     esac
   done
-  [[ -n "$has_config" && -n "$has_workdir" ]] ||
-    fail "start needs train.py's arguments after --: -- --config=configs/FILE.py:STAGE --workdir=gs://BUCKET/DIRECTORY"
+  if [[ "${program[0]:-}" == *.py ]]; then
+    [[ -n "$has_output" ]] || fail "start needs --output=gs://BUCKET/DIRECTORY among the arguments of ${program[0]}"
+  else
+    [[ -n "$has_config" && -n "$has_workdir" ]] ||
+      fail "start needs train.py's arguments after --: -- --config=configs/FILE.py:STAGE --workdir=gs://BUCKET/DIRECTORY"
+  fi
   # A session of its own outlives ssh.
   command="cd ~/unialign_jax || exit 1
 if [ -e run.pid ] && grep -qs tpu_vm.sh \"/proc/\$(cat run.pid)/cmdline\"; then echo \"already running\"; exit 0; fi
@@ -188,10 +202,11 @@ run_program() {
   return "$code"
 }
 
-# Runs on every worker: trains, and starts again what fails. The trainer resumes from its newest checkpoint.
+# Runs on every worker: trains, and starts again what fails; the trainer resumes from its newest checkpoint. Or does the
+# same with another program that goes on where it was.
 work() {
   cd "$root"
-  local flags argument stopping="" child="" code left=$restarts pause=${UNIALIGN_RESTART_SECONDS:-30}
+  local flags argument command stopping="" child="" code left=$restarts pause=${UNIALIGN_RESTART_SECONDS:-30}
   flags=$(.venv/bin/python -m unialign_jax.accelerator_flags "$generation" "$slices")
   eval "$flags"
   for argument in "${program[@]}"; do
@@ -200,10 +215,12 @@ work() {
       export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-${argument#--workdir=}/compilation_cache}"
     fi
   done
+  # The trainer ends with 75 when it was told to stop before its last step: all workers then start again.
+  command=(launch/train.py "${program[@]}" --preempted_exit_code=75)
+  [[ "${program[0]}" != *.py ]] || command=("${program[@]}")
   trap 'stopping=1; kill -TERM "$child" 2>/dev/null || true' TERM # the program saves and ends
   while :; do
-    # The program ends with 75 when it was told to stop before its last step: all workers then start again.
-    .venv/bin/python launch/train.py "${program[@]}" --preempted_exit_code=75 &
+    .venv/bin/python "${command[@]}" &
     child=$! code=0
     wait "$child" || code=$?
     while kill -0 "$child" 2>/dev/null; do # a signal ends `wait`, not the program
@@ -212,9 +229,11 @@ work() {
     done
     # 78: what starting again can't mend, such as a loss that is not finite.
     [[ "$code" != 0 && "$code" != 78 && -z "$stopping" ]] || break
-    ((left > 0)) || break
-    left=$((left - 1))
-    echo "$(date '+%F %T') train.py ended with $code; starting again in $pause s, $left restarts left"
+    if [[ "$code" != 75 ]]; then # what was saved in order has failed at nothing
+      ((left > 0)) || break
+      left=$((left - 1))
+    fi
+    echo "$(date '+%F %T') ${command[0]} ended with $code; starting again in $pause s, $left restarts left"
     sleep "$pause"
     [[ -z "$stopping" ]] || break
   done

@@ -89,6 +89,44 @@ def by_slurm(count):
     return [shared | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(count)], [[]] * count
 
 
+# One of two processes meets an error that starting again can't mend, the other waits for it.
+FINAL = """
+import sys, time
+from absl import flags
+from unialign_jax import cli
+start = cli.define_cluster()
+cli._OTHERS_COME = 3.0
+def main():
+    start()
+    if flags.FLAGS.process_id == 0:
+        time.sleep(60)
+    from unialign_jax.data.report import TooManyRefused
+    raise TooManyRefused("too many rows")
+cli.run(main)
+"""
+
+
+def test_what_starting_again_cannot_mend_is_told_by_the_exit_code_of_one_process_of_many():
+    port, base = free_port(), {k: v for k, v in os.environ.items() if not k.startswith(CLUSTER_VARIABLES)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", FINAL, f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={i}"],
+            env=base | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        _, errors = processes[1].communicate(timeout=120)
+        # JAX would wait half a minute for the other, and then abort with 134.
+        assert processes[1].returncode == 78 and errors.endswith("error: too many rows\n")
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
 @pytest.mark.parametrize(("count", "start"), [(2, by_slurm), (4, by_hand)])
 def test_a_barrier_names_who_is_missing(count, start):
     late = count - 1

@@ -19,6 +19,8 @@ def test_one_network_is_in_memory_at_a_time(stage, float32_bytes, tmp_path, to):
     else:
         written = {name: load_torch(tmp_path / "out" / name, name) for name in average}
     jax.tree.map(np.testing.assert_array_equal, {name: written[name] for name in average}, average)
+    # What a sampler takes where it is told nothing else is that of the run.
+    assert _sampling(tmp_path / "out") == _sampling(directory)
 
 
 def test_a_shipped_checkpoint_is_exported_by_its_name(tmp_path):
@@ -26,6 +28,14 @@ def test_a_shipped_checkpoint_is_exported_by_its_name(tmp_path):
     written = load_torch(tmp_path / "torch" / "transformer", "transformer")
     params = pretrained.load("scenes", dtype="float32").params["transformer"]
     jax.tree.map(np.testing.assert_array_equal, written, params)
+    assert _sampling(tmp_path / "torch") == _sampling("scenes") == (34, (32, 32), "scenes")
+    convert.to_jax(tmp_path / "torch", tmp_path / "back", progress=False)
+    assert _sampling(tmp_path / "back") == _sampling("scenes")
+
+
+def _sampling(directory):
+    model = pretrained.load(directory, dtype="float32")
+    return model.text_length, model.size, model.protocol
 
 
 def test_what_is_public_already_is_not_exported(golden, tmp_path):

@@ -280,6 +280,8 @@ def test_a_session_keeps_images_that_can_be_edited(pipeline, option):
     with pytest.raises(ValueError, match=message):
         session.edit("make it red", **option)
     assert session.instructions == []
+    with pytest.raises(ValueError, match="stepz: no such option; there are seed, steps"):
+        EditSession(pipeline, picture(0), stepz=5)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
@@ -313,6 +315,10 @@ def test_an_opened_image_that_is_cut_short_is_a_bad_request(pipeline, kind):
         (lambda p: p.compose([picture(0)] * 17, "a"), "17 reference images for one image; expected at most 16"),
         (lambda p: p.caption(None), "image is a NoneType"),
         (lambda p: p.answer(picture(0), None), "question is a NoneType"),
+        (
+            lambda p: p.complete([picture(0)], np.zeros((1, 8), np.int32), np.ones((1, 8), np.int32)),
+            "known int32; expected integers and bool",
+        ),
         (
             lambda p: p.complete([picture(0)], np.zeros((2, 8), np.int32), np.ones((2, 8), bool)),
             r"1 image\(s\) came with ids \[2, 8\] and known \[2, 8\]; expected one text for each image",

@@ -1,8 +1,10 @@
 """What all commands share: an error that a user can mend is one line on standard error and an exit code."""
 
 import logging
+import os
 import re
 import sys
+import threading
 from collections.abc import Callable
 
 from absl import app, flags
@@ -15,6 +17,7 @@ flags.disclaim_key_flags()  # those defined below, for a program, are its own in
 # After an error that starting the same command again can't mend: wrong flags, and those whose class has an attribute
 # `final`. The launchers of pods, which restart what fails, leave it at that.
 FINAL_EXIT_CODE = 78
+_OTHERS_COME = 20.0  # seconds, fewer than `distributed.initialize` lets JAX wait at exit
 _NO_CONFIG = "Failed loading config file"  # ml_collections says so when the config is first read
 
 
@@ -132,5 +135,10 @@ def _raised_by_us(error: BaseException) -> bool:
 def _exit(message: str, code: int = 1) -> None:
     # Orbax reads concurrently; after the first failure asyncio remarks on the tasks that were dropped.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    if code == FINAL_EXIT_CODE and "jax" in sys.modules:
+        # If the other processes go on, JAX waits for them at exit, and then aborts with a code of its own.
+        late = threading.Timer(_OTHERS_COME, os._exit, (code,))
+        late.daemon = True
+        late.start()
     sys.exit(code)

@@ -83,3 +83,7 @@ def _check_options(options: ImageOptions) -> None:
             f"{' and '.join(refused)}: no option of an edit session, whose every process keeps a PIL image to edit "
             "next; leave it out, and convert what `edit` returns"
         )
+    if unknown := sorted(options.keys() - ImageOptions.__annotations__.keys()):
+        raise ValueError(
+            f"{' and '.join(unknown)}: no such option; there are {', '.join(ImageOptions.__annotations__)}"
+        )

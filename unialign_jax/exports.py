@@ -66,7 +66,8 @@ def to_torch(
     path = lineage.locate(source)
     if convert.is_converted(path):
         return convert.to_torch(path, target, progress=progress)
-    model = lineage.config_of(path)["model"]
+    config = lineage.config_of(path)
+    model = config["model"] | {"sampling": lineage.sampling_of(config)}
     networks = _in_turn(path, model | {"teacher": None}, average)
     tokenizer = lineage.tokenizer_directory(path)
     return convert.write_torch(model, networks, target, tokenizer=tokenizer, progress=progress)

@@ -204,8 +204,11 @@ class UniAlignPipeline:
           **options: those of `caption`.
 
         Raises:
-          ValueError: as all methods; or the shapes do not go together.
+          ValueError: as all methods; or the shapes do not go together, or `known` is not bool.
         """
+        ids, known = np.asarray(ids), np.asarray(known)
+        if known.dtype != bool or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"ids are {ids.dtype} and known {known.dtype}; expected integers and bool")
         if ids.ndim != 2 or ids.shape != known.shape or len(ids) != len(images):
             raise ValueError(
                 f"{len(images)} image(s) came with ids {list(ids.shape)} and known {list(known.shape)}; expected one "

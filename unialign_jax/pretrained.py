@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
@@ -261,6 +262,12 @@ def sampled(networks: Networks, mesh: Mesh | None) -> dict[str, Any]:
 
 def _load_converted(path: epath.Path, dtype: str, mesh: Mesh | None) -> Model:
     description = store.read_config(path)
+    if drawn := description.get("drawn"):
+        logging.warning(
+            "%s was made of weights without %d tensors of the network, such as %s, which were drawn: it is a start for "
+            "training, and no model to sample from yet",
+            *(path, len(drawn), drawn[0]),
+        )
     networks = build_networks(dict(description) | {"teacher": None}, dtype=dtype)
     params = {}
     for name, tree in sampled(networks, mesh).items():

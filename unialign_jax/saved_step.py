@@ -35,6 +35,8 @@ class WrongArchitecture(CheckpointError):
 class DamagedCheckpoint(CheckpointError):
     """A step whose files are missing, cut short or altered."""
 
+    final = True  # see `cli.run`
+
 
 class SavedStep:
     """The files of one step.

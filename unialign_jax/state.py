@@ -13,8 +13,8 @@ from unialign_jax.tuning import ADAPTERS
 
 Params = Any
 
-# Parameters without a gradient, which weight decay leaves alone as well: the fixed position features, and the null
-# tokens, which the published training never feeds.
+# Parameters that no loss ever gives a gradient, which weight decay leaves alone as well: the fixed position features,
+# and the null tokens, which the published training never feeds. What only this run's losses don't reach decays.
 UNTRAINED = ("positions", "null_image_tokens")
 
 
@@ -46,8 +46,8 @@ class OptimizerConfig:
       warmup_steps: linear from 0.
       decay_steps: total steps of a cosine decay to 0; 0 keeps the rate constant (published).
       weight_decay: decoupled, multiplied by the learning rate.
-      decay_matrices_only: leaves norms, biases and tokens out of weight decay; the published code decays all.
-      muon: whether the blocks' matrices go by Muon; published: no.
+      decay_matrices_only: weight decay for kernels, adapters and embedding tables alone; the published code decays all.
+      muon: whether the blocks' matrices go by Muon; published: no. Adapters of LoRA are not among them.
       b1, b2, eps: Adam's constants.
       clip_norm: largest global gradient norm.
       ema_rate: of the moving average; 0 keeps none.

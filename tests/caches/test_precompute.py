@@ -161,7 +161,7 @@ def test_what_cannot_be_read_now_is_not_left_out_for_good(corpus, tmp_path):
     shutil.copytree(corpus, tmp_path / "corpus")
     image = tmp_path / "corpus" / "images" / "generate_000003.png"
     image.unlink()
-    image.mkdir()  # to open it fails, as on a file system that is not well
+    image.symlink_to("/proc/self/mem")  # to read it fails, as on a file system that is not well
     with pytest.raises(CorpusError, match=r"line 4: .*generate_000003.png.*may be readable later"):
         precompute(
             make_config(tmp_path / "corpus", cached=("latents",)), tmp_path / "caches", rows_per_shard=7, batch=4

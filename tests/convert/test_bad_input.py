@@ -50,6 +50,10 @@ def test_all_wrong_tensors_of_all_networks_in_one_error(pipeline, refused, edit_
 
 
 def test_some_adapters_missing_is_no_d_dit(pipeline, refused, edit_weights):
+    with pytest.raises(
+        convert.ConversionError, match="no network 'vae'; expected one of transformer, text_encoder, auto"
+    ):
+        convert.load_torch(pipeline / "vae", "vae")
     edit_weights(pipeline / "transformer", lambda t: t.pop("siglip_adapter_img.fc.0.bias"))
     refused(pipeline, "missing tensors: siglip_adapter_img.fc.0.bias")
 

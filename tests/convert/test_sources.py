@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from unialign_jax import convert
+from unialign_jax import convert, pretrained
 from unialign_jax.models.unialign import TransformerConfig, UniAlign
 
 
@@ -78,7 +78,7 @@ def test_what_is_drawn_depends_on_the_seed_alone(sd3, tmp_path):
     assert np.std(heads[0]["null_image_tokens"]) == pytest.approx(64**-0.5, rel=0.1)
 
 
-def test_sd3_takes_its_vocabulary_from_the_tokenizer(sd3, tmp_path, qwen):
+def test_sd3_takes_its_vocabulary_from_the_tokenizer(sd3, tmp_path, qwen, caplog):
     from tokenizers import AddedToken, Tokenizer, models
 
     source, _ = sd3
@@ -94,6 +94,8 @@ def test_sd3_takes_its_vocabulary_from_the_tokenizer(sd3, tmp_path, qwen):
     assert json.loads((tmp_path / "torch/model_index.json").read_text())["tokenizer"][1] == "T5TokenizerFast"
     copied = Tokenizer.from_file(str(tmp_path / "torch/tokenizer/tokenizer.json"))
     assert copied.encode("ab").ids == tokenizer.encode("ab").ids
+    pretrained.load(tmp_path / "jax", dtype="float32")
+    assert "which were drawn: it is a start for training" in caplog.text
 
 
 def test_sd3_stored_in_halves_with_a_variant_beside_it(sd3, tmp_path):
@@ -106,6 +108,7 @@ def test_sd3_stored_in_halves_with_a_variant_beside_it(sd3, tmp_path):
     model = convert.read_config(tmp_path / "jax")
     assert model["dtypes"]["transformer"] == ["float16"]  # the plain name wins, and what is drawn follows it
     assert "transformer_blocks.2.ff_context.net.2.weight" in report.initialised
+    assert "transformer_blocks.2.ff_context.net.2.weight" in model["drawn"]
 
 
 def test_d_dit_has_all_but_the_adapters(pipeline, tmp_path, edit_weights, as_bytes):
@@ -120,6 +123,7 @@ def test_d_dit_has_all_but_the_adapters(pipeline, tmp_path, edit_weights, as_byt
     (pipeline / "model_index.json").write_text('{"_class_name": "DualDiffSD3Pipeline"}')
     report = convert.to_jax(pipeline, tmp_path / "jax", progress=False)
     assert set(report.initialised) == set(adapters) and len(adapters) == 8 and not report.dropped
+    assert "drawn" not in convert.read_config(tmp_path / "jax")  # adapters are not sampled with
     convert.to_torch(tmp_path / "jax", tmp_path / "torch", progress=False)
     before = as_bytes(pipeline / "transformer/diffusion_pytorch_model.safetensors")
     after = as_bytes(tmp_path / "torch/transformer/diffusion_pytorch_model.safetensors")

@@ -49,10 +49,15 @@ def test_rows_go_to_the_nearest_bucket_and_small_buckets_are_given_up():
     sizes = ((10, 40), (10, 20), (10, 10), (20, 10))
     measured = np.array([[10, 41], [10, 27], [10, 15], [300, 301], [0, 0], [50, 10], [17, 10], [0, 7], [11, 40]])
     rows = {size: found.tolist() for size, found in divide(measured, sizes, least=1).items()}
-    assert rows == {(10, 40): [0, 8], (10, 20): [1, 2], (10, 10): [3, 4, 7], (20, 10): [5, 6]}
-    rows = {size: found.tolist() for size, found in divide(measured, sizes, least=3).items()}
-    assert rows == {(10, 20): [0, 1, 2, 8], (10, 10): [3, 4, 5, 6, 7]}
+    assert rows == {(10, 40): [0, 4, 8], (10, 20): [1, 2], (10, 10): [3], (20, 10): [5, 6, 7]}
+    rows = {size: found.tolist() for size, found in divide(measured, sizes, least=2).items()}
+    assert rows == {(10, 40): [0, 4, 8], (10, 20): [1, 2, 3], (20, 10): [5, 6, 7]}
     assert [len(rows) for rows in divide(measured, sizes, least=100).values()] == [9]
+    assert [len(rows) for rows in divide(np.zeros((9, 2), int), sizes, least=2).values()] == [9]
+    # Few squares and many files that are not there: no bucket is mostly of these.
+    measured = np.array([[10, 20]] * 900 + [[10, 10]] * 40 + [[0, 0]] * 100)
+    parts = divide(measured, sizes, least=30)
+    assert {size: int((rows >= 940).sum()) for size, rows in parts.items()} == {(10, 20): 96, (10, 10): 4}
     rng = np.random.default_rng(0)
     for _ in range(50):
         measured = rng.integers(0, 50, (rng.integers(1, 200), 2))
@@ -88,7 +93,7 @@ def test_images_are_measured_once_upright_and_from_their_headers(tmp_path, encod
 def test_an_image_that_can_not_be_read_now_is_not_measured_as_unknown(tmp_path, write_rows):
     path = write_rows(3)
     (tmp_path / "1.png").unlink()
-    (tmp_path / "1.png").mkdir()  # to open it fails, as on a file system that is not well
+    (tmp_path / "1.png").symlink_to("/proc/self/mem")  # to read it fails, as on a file system that is not well
     with pytest.raises(CorpusError, match=r"rows.jsonl, line 2: .*1.png.*may be readable later"):
         target_sizes(JsonlSource(path))
     assert not list(tmp_path.glob("*.npz*"))

@@ -220,11 +220,13 @@ def test_files_that_are_not_there(tmp_path, photo):
         "file.png/inside.png": Cause.MISSING_IMAGE,
         "nul\0.png": Cause.MISSING_IMAGE,
         "half\ud800.png": Cause.MISSING_IMAGE,
-        "folder": Cause.UNREADABLE_IMAGE,
+        "folder": Cause.MISSING_IMAGE,
+        "unwell.png": Cause.UNREADABLE_IMAGE,
         "x" * 400: Cause.MISSING_IMAGE,
     }
     (tmp_path / "file.png").write_bytes(encode(photo))
     (tmp_path / "folder").mkdir()
+    (tmp_path / "unwell.png").symlink_to("/proc/self/mem")  # to read it fails
     for name, cause in cases.items():
         refused = refusal(images.load, f"{tmp_path}/{name}", 8, 8)
         assert refused.cause is cause, name

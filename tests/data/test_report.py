@@ -27,6 +27,15 @@ def test_the_limit_is_exact_over_a_pass():
         Report("rows.jsonl", 100, 0.0).add(0, BAD)
 
 
+def test_a_row_that_a_pass_meets_twice_counts_once_against_the_limit():
+    report = Report("rows.jsonl", 100, 0.01)
+    report.add(0, BAD)
+    report.add(0, BAD)
+    assert report.refused.total() == 2
+    with pytest.raises(CorpusError):
+        report.add(0, (8, "line 8", *BAD[2:]))
+
+
 def test_a_corpus_that_is_mostly_unusable_stops_early_and_one_at_the_limit_does_not():
     report = Report("rows.jsonl", 10**8, 0.01)
     with pytest.raises(CorpusError):
@@ -69,7 +78,7 @@ rows.jsonl: 3 of 4 rows read refused (75.00%; limit 2.00%)
     for copy in (report, other):  # 20 in a pass are allowed, 17 are left
         fill(copy, 800, 17)
         with pytest.raises(CorpusError, match="too many rows can't be used: rows.jsonl: 21 of 805"):
-            copy.add(0, BAD)
+            copy.add(0, (8, "line 8", *BAD[2:]))
 
 
 def test_accounts_of_hosts_add_up():

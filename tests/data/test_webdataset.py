@@ -98,6 +98,15 @@ def test_unusable_samples_are_refused_by_cause(tmp_path, members, cause, words):
     assert caught.value.cause is cause and words in caught.value.detail
 
 
+def test_names_that_are_not_utf_8_can_be_told_of(tmp_path, encoded):
+    write(tmp_path / "a.tar", [("caf\udce9.png", encoded(0)), ("caf\udce9.\udce8", b"x")])
+    source = TarSource(tmp_path / "a.tar")
+    assert source.place(0) == "a.tar, caf\\xe9"
+    with pytest.raises(Refused, match=r"found png, \\xe8") as caught:
+        source[0]
+    assert caught.value.detail.isascii()
+
+
 def test_what_is_no_tar_is_said(tmp_path, encoded):
     with pytest.raises(CorpusError, match=r"expected tars \(\*.tar\), found none"):
         TarSource(tmp_path)
@@ -114,5 +123,11 @@ def test_what_is_no_tar_is_said(tmp_path, encoded):
     (tmp_path / "a.tar").write_bytes(whole[:1500])
     with pytest.raises(CorpusError, match="expected a tar that is whole"):
         TarSource(tmp_path / "a.tar")
+    # tarfile takes both for the end of the archive.
+    second = whole.index(b"0.txt")
+    for damaged in (whole[:second], whole[:second] + b"?" + whole[second + 1 :]):
+        (tmp_path / "a.tar").write_bytes(damaged)
+        with pytest.raises(CorpusError, match=rf"a.tar: expected a tar that is whole.* at byte {second}: what follows"):
+            TarSource(tmp_path / "a.tar")
     with pytest.raises(ValueError, match="no task 'draw'"):
         TarSource(tmp_path / "a.tar", "draw")

@@ -39,7 +39,7 @@ def words(line: str) -> list[str]:
     return output.split("\0")[:-1]
 
 
-@pytest.mark.parametrize("script", ["tpu_vm.sh", "slurm.sh"])
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "slurm.sh", "quickstart.sh", "test.sh"])
 def test_scripts_parse_and_stop_at_errors(script):
     assert subprocess.run(["bash", "-n", str(LAUNCH / script)]).returncode == 0
     assert "\nset -euo pipefail\n" in (LAUNCH / script).read_text()
@@ -140,6 +140,8 @@ def test_run_has_every_worker_run_a_program_with_the_generations_flags():
         (["create", *TPU, "--typo=v6e-16"], "unknown option --typo=v6e-16"),
         (["start", *TPU, "--type=v6e-16"], "start needs train.py's arguments"),
         (["start", *TPU, "--type=v6e-16", "--", TRAIN[0], "--workdir=runs/x"], "--workdir=gs://"),
+        (["start", *TPU, "--type=v6e-16", "--", "launch/sample.py", "--output=out"], "expected --output=gs://"),
+        (["start", *TPU, "--type=v6e-16", "--", "launch/sample.py"], "needs --output=gs://"),
     ],
 )
 def test_tpu_vm_refuses_what_it_cannot_do(arguments, message):
@@ -162,6 +164,15 @@ def test_wait_ends_when_the_tpu_is_there_and_when_it_never_will_be(tmp_path):
     result = bash("tpu_vm.sh", "wait", *TPU, STATE="SUSPENDED", **environment)
     assert result.returncode == 2 and "won't become ACTIVE" in result.stderr
     assert (tmp_path / "log").read_text().count("queued-resources describe run1") == 2
+
+
+def test_wait_outlasts_an_outage(tmp_path):
+    stand_in(tmp_path / "gcloud", 'echo "$@" >> "$LOG"; [ $(wc -l < "$LOG") = "$FAILURES" ] && echo ACTIVE')
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "UNIALIGN_WAIT_SECONDS": "0"}
+    result = bash("tpu_vm.sh", "wait", *TPU, LOG=str(tmp_path / "few"), FAILURES="9", **environment)
+    assert result.returncode == 0 and result.stdout.endswith("run1 is ACTIVE\n")
+    result = bash("tpu_vm.sh", "wait", *TPU, LOG=str(tmp_path / "many"), FAILURES="99", **environment)
+    assert result.returncode == 2 and "10 times in a row" in result.stderr
 
 
 @pytest.fixture
@@ -198,7 +209,21 @@ def test_a_worker_sets_the_flags_and_the_cache_and_starts_again_what_fails(check
     assert cache == "gs://bucket/a run/compilation_cache"
     assert flags == accelerator_flags.environment("v5e")["LIBTPU_INIT_ARGS"] + " --mine=1"
     assert arguments == f"launch/train.py {' '.join(TRAIN)} --preempted_exit_code=75"
-    assert "ended with 134; starting again in 0 s, 2 restarts left" in result.stdout
+    assert "launch/train.py ended with 134; starting again in 0 s, 2 restarts left" in result.stdout
+
+
+def test_a_preemption_uses_up_no_restart(checkout):
+    (checkout / "train.sh").write_text("[ $(wc -l < calls) = 9 ] || exit 75")
+    result = bash("tpu_vm.sh", *WORK, cwd=checkout, UNIALIGN_RESTART_SECONDS="0")
+    assert result.returncode == 0 and len(calls(checkout)) == 9
+
+
+def test_a_worker_starts_another_program_again_too(checkout):
+    (checkout / "train.sh").write_text("[ $(wc -l < calls) = 2 ] || exit 143")
+    program = ["launch/sample.py", "--prompt=a red bicycle", "--output=gs://bucket/out"]
+    result = bash("tpu_vm.sh", *WORK[:5], *program, cwd=checkout, UNIALIGN_RESTART_SECONDS="0")
+    assert result.returncode == 0, result.stderr
+    assert [call.split("|")[3] for call in calls(checkout)] == [" ".join(program)] * 2
 
 
 def test_a_worker_gives_up_after_its_restarts(checkout):

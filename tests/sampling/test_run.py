@@ -83,7 +83,7 @@ def test_images_carry_their_prompt_and_are_those_of_the_pipeline(run, stage, tmp
     assert Image.open(tmp_path / "out/grid.png").size == (33, 33)
 
 
-def test_rows_that_cannot_be_made_are_named_and_the_others_are_made(run, pictures, tmp_path):
+def test_rows_that_cannot_be_made_are_named_and_the_others_are_made(run, pictures, tmp_path, capsys):
     rows = [
         {"instruction": "make it red", "image": "0.png"},
         {"instruction": "make it red", "image": "nowhere.png"},
@@ -93,20 +93,23 @@ def test_rows_that_cannot_be_made_are_named_and_the_others_are_made(run, picture
         {"instruction": "make it red"},
         {"image": "0.png", "prompt": "\ud800"},
         {"image": "0.png", "prompt": "a", "seed": -1},
+        {"image": "", "prompt": "a"},
+        {"image": "./", "prompt": "a"},
     ]
     file = jsonl(pictures / "edits.jsonl", rows)
     result = run("edit", prompts=file)
-    assert (result.rows, result.failed) == (8, 6)
+    assert (result.rows, result.failed) == (10, 8)
     found = contents(tmp_path / "out")
     assert sorted(name for name in found if name.endswith(".png")) == ["000.png", "002.png"]
     errors = {name[:3]: json.loads(data)["error"] for name, data in found.items() if "error" in name}
     for row, part in {
         "001": "no such file", "003": "broken.png", "004": "line 5", "005": "edit needs an image",
-        "006": "no Unicode text", "007": "seeds in",
+        "006": "no Unicode text", "007": "seeds in", "008": "a path is empty", "009": "Is a directory",
     }.items():  # fmt: skip
         assert part in errors[row], errors
     assert Image.open(tmp_path / "out/002.png").text["seed"] == "99"
-    assert run("edit", prompts=file).failed == 0  # nothing is left to make
+    assert run("edit", prompts=file, progress=True).failed == 0  # nothing is left to make
+    assert f"all 10 rows are in {tmp_path / 'out'} already" in capsys.readouterr().err
     assert contents(tmp_path / "out") == found
 
 
@@ -191,10 +194,14 @@ def test_a_run_of_another_request_is_not_mixed_in(run, tmp_path):
     with pytest.raises(ValueError, match="nowhere.png"):
         run("edit", prompt="a red square", images=("nowhere.png",))
     # That one has made nothing, so the directory is free.
+    (tmp_path / "out" / "notes.txt").touch()
     run(prompt="a red square", count=2)
     for change, key in (({"seed": 1}, "seed"), ({"prompt": "a blue disc"}, "requests"), ({"options": {}}, "options")):
         with pytest.raises(ValueError, match=f"another sampling run .*{key} was"):
             run(**({"prompt": "a red square", "count": 2} | change))
+    (tmp_path / "out" / "run.json").unlink()
+    with pytest.raises(ValueError, match="holds results, and no run.json"):
+        run(prompt="a red square", count=2)
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def write_torch(
 
     Args:
       model: config fields as `networks.build_networks` takes them and `store.read_config` returns them; without
-        `scheduler`, SD3's is written.
+        `scheduler`, SD3's is written. `sampling` goes into a file that only this package reads.
       networks: network -> parameters, nested or by "/"-joined path; leaves are float32, float16 or bfloat16 `Leaf`s.
         A pixel codec has none, and becomes a `vae/config.json` that only this package reads.
       target, shard_size, progress: see `to_torch`.
@@ -128,6 +128,8 @@ def write_torch(
         has_tokenizer = workspace.copy_tokenizer(tokenizer, partial / "tokenizer")
         _write_configs(partial, fields, model.get("scheduler", configs.SCHEDULER))
         configs.write_json(partial / "model_index.json", configs.model_index(model, has_tokenizer))
+        if model.get("sampling"):
+            configs.write_json(partial / store.SAMPLING_FILE, model["sampling"])
         if "teacher" in exports:
             workspace.copy_tokenizer(teacher_tokenizer, partial / "teacher")
     report = Report(target, sizes)

@@ -163,9 +163,9 @@ def open_pipeline(source: epath.PathLike) -> PublicPipeline:
     folders = _Folders.find(source, None)
     components = _open(folders, None, 0)
     sources.raise_problems(list(components.values()))
-    if initialised := [n for n in components["transformer"].initialised if "siglip_adapter" not in n]:
+    if drawn := _drawn(components):
         raise ConversionError(
-            f"{source} lacks {len(initialised)} tensors of the network, such as {initialised[0]}: training starts from "
+            f"{source} lacks {len(drawn)} tensors of the network, such as {drawn[0]}: training starts from "
             "it (launch/convert.py --to=jax prepares it), but it is no model to sample from"
         )
     return PublicPipeline(_model(folders, components), folders.tokenizer, components)
@@ -263,7 +263,16 @@ def _model(folders: _Folders, components: dict[str, Component]) -> dict[str, Any
     }
     index = folders.source / "model_index.json"
     model["pipeline"] = configs.pipeline_classes(configs.read_json(index) if index.exists() else {})
+    if (folders.source / store.SAMPLING_FILE).exists():
+        model["sampling"] = configs.read_json(folders.source / store.SAMPLING_FILE)
+    if drawn := _drawn(components):
+        model["drawn"] = drawn
     return {**store.HEADER, **model}
+
+
+def _drawn(components: dict[str, Component]) -> list[str]:
+    """PyTorch names of what sampling needs and the source lacks."""
+    return [name for name in components["transformer"].initialised if "siglip_adapter" not in name]
 
 
 def _written_bytes(component: Component) -> int:

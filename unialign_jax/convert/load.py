@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from unialign_jax.convert import sources
+from unialign_jax.convert import names, sources
+from unialign_jax.convert.errors import ConversionError
 from unialign_jax.convert.names import Row
 from unialign_jax.convert.tensors import Tensor
 
@@ -23,8 +24,10 @@ def load_torch(folder: str | pathlib.Path, network: str, dtype: np.dtype | None 
       Nested dict of NumPy arrays, with the paths and shapes of `names.table`.
 
     Raises:
-      ConversionError: for a config or tensors that are not this network's.
+      ConversionError: there is no such network, or the config or tensors are not those of it.
     """
+    if network not in names.NETWORKS:
+        raise ConversionError(f"no network {network!r}; expected one of {', '.join(names.NETWORKS)}")
     component = sources.open_component(pathlib.Path(folder), network)
     sources.raise_problems([component])
     leaves = {}

@@ -26,6 +26,7 @@ from unialign_jax.convert.errors import ConversionError
 
 MODEL_FILE = "model.json"
 TEACHER_TOKENIZER = "teacher_tokenizer"
+SAMPLING_FILE = "sampling.json"  # in a public pipeline directory: what `model.json` says under `sampling`
 HEADER = {"format": "unialign_jax", "version": 1}
 # Arrays are stored in chunks of at most this size, so that a host which holds a shard reads little beside it.
 CHUNK_BYTES = 64 * 2**20
@@ -193,8 +194,9 @@ def read_config(directory: epath.PathLike) -> dict[str, Any]:
 
     Returns:
       Config fields under `transformer`, `text_encoder`, `autoencoder` or `pixel_codec`, and `teacher` where there is
-      one (as `networks.build_networks` takes them); besides `scheduler`, `dtypes`, `pipeline`, and of a model trained
-      here `sampling`: `text_length`, `size` (height and width in pixels) and `protocol`.
+      one (as `networks.build_networks` takes them); besides `scheduler`, `dtypes`, `pipeline`, of a model trained here
+      `sampling`: `text_length`, `size` (height and width in pixels) and `protocol`; and of a source that lacked tensors
+      that sampling needs `drawn`: their PyTorch names.
 
     Raises:
       ConversionError: if there is no such file, or it is of another format or version, or its fields are wrong.

@@ -54,27 +54,33 @@ def bucket_sizes(height: int, width: int, multiple: int, max_aspect: float) -> t
 def divide(measured: np.ndarray, sizes: Sequence[tuple[int, int]], least: int) -> dict[tuple[int, int], np.ndarray]:
     """The rows of each bucket: those whose aspect ratio is nearest to its own, by the ratio of the two.
 
-    A bucket with too few rows is given up, the smallest first, and its rows go to the nearest of the others. Images of
-    unknown size count as square.
+    A bucket with too few rows is given up, the smallest first, and its rows go to the nearest of the others. Rows of
+    unknown size, which can't be used, are spread over the buckets in proportion: all in one, they would be most of it.
 
     Args:
       measured: integers `[rows, 2]`, height and width of each row's target; 0 where unknown.
       sizes: the buckets, from wide to tall.
-      least: rows that a bucket must have.
+      least: rows of known size that a bucket must have.
 
     Returns:
       Size -> row numbers, ascending int64; every row is in one bucket.
     """
-    known = np.where(measured.min(axis=1, keepdims=True) > 0, measured, 1)
-    aspects = np.log(known[:, 0] / known[:, 1])
+    known = measured.min(axis=1) > 0
+    aspects = np.log(measured[known, 0] / measured[known, 1])
     sizes = list(sizes)
     while True:
         centres = np.array([math.log(height / width) for height, width in sizes])
         nearest = np.searchsorted((centres[1:] + centres[:-1]) / 2, aspects)
         counts = np.bincount(nearest, minlength=len(sizes))
         if len(sizes) == 1 or counts.min() >= least:
-            return {size: np.flatnonzero(nearest == i) for i, size in enumerate(sizes)}
+            break
         del sizes[int(counts.argmin())]
+    unknown = len(measured) - len(nearest)
+    bucket = np.zeros(len(measured), np.int64)
+    bucket[known] = nearest
+    if len(nearest):
+        bucket[~known] = np.sort(nearest)[(2 * np.arange(unknown) + 1) * len(nearest) // (2 * unknown)]
+    return {size: np.flatnonzero(bucket == i) for i, size in enumerate(sizes)}
 
 
 def agreed_sizes(source: Source) -> np.ndarray:

@@ -25,8 +25,8 @@ class Report:
 
     A row is counted each time it is read. Training stops (`CorpusError`) as soon as it is certain, or beyond chance,
     that more than `limit` of the rows can't be used: when one pass over the file has refused more than `limit` of all
-    its rows, or, where they come in random order, when the refusals so far exceed what `limit` leads to expect by four
-    standard deviations and five.
+    its rows, not the same twice, or, where they come in random order, when the refusals so far exceed what `limit`
+    leads to expect by four standard deviations and five.
 
     Args:
       path: the source.
@@ -67,7 +67,9 @@ class Report:
         if len(self.named) < _MAX_NAMED:
             self.named[row] = (place, cause, detail)
         expected = self.limit * self.read
-        certain = self._refused_in_pass > self.limit * self.rows + 1e-9
+        # Buckets go through their rows each in its own time, so that a pass over all may meet a row twice.
+        distinct = len(self.named) if len(self.named) < _MAX_NAMED else math.inf
+        certain = min(self._refused_in_pass, distinct) > self.limit * self.rows + 1e-9
         beyond_chance = self.refused.total() > expected + 4 * math.sqrt(expected) + 5
         if certain or (beyond_chance and not self.in_order):
             raise self.too_many()

@@ -118,7 +118,9 @@ def _samples_of(tar: epath.Path) -> Iterator[tuple[str, _Members]]:
             for member in archive:
                 if not member.isfile():
                     continue
-                folder, slash, name = member.name.rpartition("/")
+                # Names that are not UTF-8 could not be printed where they are told of.
+                printable = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+                folder, slash, name = printable.rpartition("/")
                 stem, _, suffix = name.partition(".")
                 key = folder + slash + stem
                 if key != last and members:
@@ -126,6 +128,13 @@ def _samples_of(tar: epath.Path) -> Iterator[tuple[str, _Members]]:
                     members = {}
                 last = key
                 members[suffix] = (member.offset_data, member.size)
+            # A header that is damaged ends the reader's iteration as the end of the tar does.
+            file.seek(archive.offset)
+            if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                raise CorpusError(
+                    f"{tar}: expected a tar that is whole, found neither a header nor the end at "
+                    f"byte {archive.offset}: what follows would be lost. Pack its files anew, or take it out"
+                )
     except FileNotFoundError:
         raise CorpusError(f"{tar}: expected a tar, found no such file") from None
     except tarfile.TarError as error:

@@ -16,7 +16,8 @@ class ImageOptions(TypedDict, total=False):
 
     seed: one per item, or one from which item i takes seed + i. The other items have no part in it.
     steps: Euler steps, up to 1000.
-    guidance: classifier-free guidance on the text; 1 is none.
+    guidance: classifier-free guidance on the text; 1 is none, less leads towards the negative prompt (public pipelines
+      take it for none).
     reference_guidance: guidance on the reference images (InstructPix2Pix's second scale). 1, the default, is the
       published single guidance: the references are there on both sides of it. Other values cost a third evaluation.
     guidance_interval: noise levels at which guidance acts, (0, 1) by default.

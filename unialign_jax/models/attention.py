@@ -28,7 +28,8 @@ def attend(
     """Bidirectional softmax attention at scale `head_dim ** -0.5`.
 
     Args:
-      query, key, value: `[B, S, H, D]`, bfloat16 or float32.
+      query, key, value: `[B, S, H, D]`, bfloat16 or float32. Without segments and by "xla", the query may have another
+        length than the other two.
       segments: None (every token attends to every token) or int32 `[B, S]`, 0 or more; a token attends to the tokens
         of its own segment. Padding and absent references carry a segment of their own, so real tokens never see them.
       backend: one of `BACKENDS`.
@@ -37,7 +38,7 @@ def attend(
           ones to a library that is several times as fast. Takes a few megabytes forward; training keeps all weights.
         "splash": the TPU kernel; on other platforms it is interpreted, which is exact and slow. "splash:640" sets the
         side of its blocks, in tokens.
-        "cudnn": the kernel of NVIDIA GPUs; bfloat16 and float16 only.
+        "cudnn": the kernel of NVIDIA GPUs; bfloat16 only.
         "auto": the kernel of the platform that the program is traced for, "xla" where that one cannot serve (said once
         in the log, for it costs time and memory) and, off the CPU, for sequences of up to 128 tokens, which no kernel
         helps.

@@ -19,7 +19,6 @@ RESIDUALS = "attention"
 LANES = 128  # width of a TPU's vector registers: splash's blocks are multiples of it
 HEAD_UNIT = 64  # head sizes are filled up to a multiple; registers of 128 lanes hold them either way
 SPLASH_HEAD_LIMIT = 256
-CUDNN_DTYPES = (jnp.bfloat16, jnp.float16)
 CUDNN_HEAD_LIMIT = 128
 
 
@@ -152,8 +151,8 @@ def cudnn_refusal(query: jax.Array) -> str | None:
         capability = getattr(device, "compute_capability", "")  # "8.0"; of AMD's, "gfx90a"
         if device.platform == "gpu" and not (re.fullmatch(r"[0-9.]+", capability) and float(capability) >= 8):
             return f"{device.device_kind} ({capability or 'of no known capability'}) is older than NVIDIA's Ampere, 8.0"
-    if query.dtype not in CUDNN_DTYPES:
-        return f"dtype {query.dtype} is not one of bfloat16, float16"
+    if query.dtype != jnp.bfloat16:
+        return f"dtype {query.dtype} is not bfloat16"
     if head_size % 8 or head_size > CUDNN_HEAD_LIMIT:
         return f"head size {head_size} is not a multiple of 8 up to {CUDNN_HEAD_LIMIT}"
     return None

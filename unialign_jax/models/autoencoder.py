@@ -237,7 +237,7 @@ class _Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """The network: `encode` and `decode` are its methods (`apply(..., method="encode")`). Parameters are float32.
+    """The network: `encode` and `decode` are its methods (`apply(..., method="encode")`). Parameters: made in float32.
 
     Attributes:
       config: shape of the network.

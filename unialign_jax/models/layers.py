@@ -43,7 +43,8 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def spread(x: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """`x`, of a bias `[D]` or a gate `[B, 1, D]`, broadcast to `shape` in `dtype`; its gradient is summed in float32.
+    """`x`, of a bias `[D]` or a gate `[B, 1, D]`, broadcast to `shape` in `dtype`; its gradient is summed in float32,
+    that of a bias over samples: within one in `dtype`.
 
     The transpose of a plain broadcast sums in `dtype`: of tens of thousands of bfloat16 tokens that push into one
     direction, as those of biases do, it loses per cents, on CPUs up to half.
@@ -74,7 +75,7 @@ class Dense(nn.Module):
       features: output width.
       axes: logical names of the kernel's (input, output) axes, see `parallel.RULES`.
       use_bias: whether to add `bias [features]`.
-      dtype: compute dtype; parameters are float32.
+      dtype: compute dtype; parameters are made in float32.
       kernel_init: initializer of `kernel [in, features]`.
     """
 

@@ -229,7 +229,7 @@ class _Merger(nn.Module):
 
 
 class QwenVisionTower(nn.Module):
-    """The tower. Parameters are float32; `dtype` is the compute dtype."""
+    """The tower. Parameters are made in float32; `dtype` is the compute dtype."""
 
     config: QwenVisionConfig
     dtype: jnp.dtype = jnp.bfloat16

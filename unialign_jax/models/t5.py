@@ -133,7 +133,7 @@ def _attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array)
 class T5Encoder(nn.Module):
     """The encoder. There is no attention mask: padding is attended to, as the published model does.
 
-    Parameters are float32, initialised at T5's own scales. The residual stream, norms and softmax are float32 whatever
+    Parameters are made in float32, at T5's own scales. The residual stream, norms and softmax are float32 whatever
     the compute dtype: T5-XXL's stream grows to values at which bfloat16 would drop what later blocks add.
 
     Attributes:

@@ -155,7 +155,7 @@ def _unpatchify(tokens: jax.Array, height: int, width: int, patch: int) -> jax.A
 
 
 def time_features(timesteps: jax.Array) -> jax.Array:
-    """Sinusoid of times in [0, 1000]: float32 `[B] -> [B, 256]`, cosines first (DDPM, kept in float32)."""
+    """Sinusoid of times in [0, 1000]: float32 `[B] -> [B, 256]`, cosines first (DDPM)."""
     half = TIME_FEATURES // 2
     frequencies = np.exp(-np.log(10000.0) * np.arange(half) / half).astype(np.float32)
     angles = timesteps.astype(jnp.float32)[:, None] * frequencies
@@ -246,7 +246,7 @@ class _JointBlock(nn.Module):
 
 
 class UniAlign(nn.Module):
-    """The transformer. Parameters are float32; `dtype` is the compute dtype (float32 throughout by option).
+    """The transformer. Parameters are made in float32; `dtype` is the compute dtype (float32 throughout by option).
 
     Attributes:
       config: shape of the network.

@@ -7,6 +7,7 @@ made, so a unit that was interrupted is made again, with the same result.
 import io
 import json
 import pathlib
+import re
 import tarfile
 import tempfile
 from collections.abc import Callable, Sequence
@@ -65,6 +66,11 @@ def make_output(format_name: str, directory: epath.Path, task: str, count: int) 
         return PngFiles(directory, count)
     kind = {"array_record": ("array_record", _array_record), "webdataset": ("tar", _tar)}[format_name]
     return _Shards(directory, *kind)
+
+
+def is_result(path: epath.Path) -> bool:
+    """Whether something in a run's directory was made by a run, in any format; `run.json` and the grid are not."""
+    return bool(re.fullmatch(r"shard-\d.*|\d{3,}(\.png|\.error\.json)|\d{5,}", path.name))
 
 
 class PngFiles:

@@ -62,6 +62,8 @@ class Rows:
         try:
             if not isinstance(images, list | tuple) or not all(isinstance(path, str) for path in images):
                 raise ValueError(f"images are {images!r}; a path or a list of paths was expected")
+            if "" in images:
+                raise ValueError(f"images are {list(images)!r}; a path is empty")
             _check_given(self.task, prompt, images)
             inputs.check_texts([prompt or ""], "prompt")
             inputs.check_seeds([seed], 1)

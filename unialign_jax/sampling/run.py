@@ -10,7 +10,8 @@ import concurrent.futures
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from unialign_jax.diffusion import flow_matching
 from unialign_jax.inference import inputs, presets, programs
 from unialign_jax.inference.batches import Batches
 from unialign_jax.pipeline import TASKS, UniAlignPipeline
-from unialign_jax.sampling.outputs import FORMATS, Made, PngFiles, make_output
+from unialign_jax.sampling.outputs import FORMATS, Made, PngFiles, is_result, make_output
 from unialign_jax.sampling.rows import TEXT_TASKS, FileRows, FlagRows, Row, Rows
 from unialign_jax.storage import write_whole
 
@@ -62,7 +63,7 @@ class Job:
       shard_rows: rows of a shard, rounded up to whole batches.
       grid: images of an overview, grid.png; 0: none.
       average: of a run's checkpoint, take the moving average.
-      progress: show a bar on standard error.
+      progress: show a bar on standard error, or that nothing was left to do.
     """
 
     checkpoint: epath.PathLike
@@ -128,7 +129,11 @@ def sample(job: Job) -> Result:
     left = [span for span, is_missing in zip(units, missing, strict=True) if is_missing]
 
     failed, shown = 0, []
-    if left:
+    speaks = job.progress and jax.process_index() == 0
+    if not left:
+        if speaks:
+            print(f"all {rows.count} rows are in {directory} already, made of {weights}", file=sys.stderr)
+    else:
         agreement.everywhere(lambda: _check_images(job), ValueError)
         pipeline = UniAlignPipeline.from_pretrained(
             weights,
@@ -143,7 +148,6 @@ def sample(job: Job) -> Result:
         agreement.everywhere(lambda: make.check(rows), ValueError)
         facts = make.facts | {"checkpoint": weights}
         done = rows.count - sum(stop - start for start, stop in left)
-        speaks = job.progress and jax.process_index() == 0
         unit_name = "text" if job.task in TEXT_TASKS else "image"
         with (
             tqdm.tqdm(total=rows.count, initial=done, unit=unit_name, disable=not speaks, bar_format=_BAR) as bar,
@@ -160,8 +164,8 @@ def sample(job: Job) -> Result:
             for write in writes:
                 write.result()
     all_failed = sum(agreement.gather(failed))  # and all files are written
-    if job.grid and jax.process_index() == 0:
-        write_grid(output, directory, min(job.grid, rows.count))
+    if job.grid:
+        agreement.primary(lambda: write_grid(output, directory, min(job.grid, rows.count)))
     if failed:
         logging.warning("%d of %d rows could not be made; *.error* files in %s say why", failed, rows.count, directory)
     if all_failed == rows.count:
@@ -249,7 +253,11 @@ def _claim(job: Job, directory: epath.Path, rows: Rows, batch: int, unit: int, n
     changed = [f"{key} was {found.get(key)!r} and is {value!r}" for key, value in settings.items()
                if found.get(key) != value]  # fmt: skip
     # A run that failed before it made anything leaves its settings, which bind nobody.
-    binding = bool(found) and any(path.name != SETTINGS_FILE for path in directory.iterdir())
+    binding = any(map(is_result, directory.iterdir()))
+    if binding and not found:
+        raise ValueError(
+            f"{directory} holds results, and no {SETTINGS_FILE} that says of what; choose another directory"
+        )
     if binding and changed:
         raise ValueError(
             f"{directory} holds another sampling run ({'; '.join(changed)}); go on with its settings, or choose "
@@ -367,6 +375,8 @@ class _Maker:
     def __call__(self, prepared: _Prepared) -> list[Made]:
         """The results of the rows that this process owns."""
         rows, pipeline = prepared.rows, self._pipeline
+        if all(row.error is not None for row in rows):  # which all processes know
+            return self._owned_of(prepared, [None] * len(rows))
         prompts = [" " if i in prepared.errors else row.prompt for i, row in enumerate(rows)]
         options = dict(self._job.options) | {"seed": [row.seed for row in rows], "gather": False}
         task = self._job.task
@@ -378,6 +388,10 @@ class _Maker:
             made = pipeline.answer([images[0] for images in prepared.images], prompts, **options)
         else:
             made = pipeline.compose(prepared.images, prompts, output="array", **options)
+        return self._owned_of(prepared, made)
+
+    def _owned_of(self, prepared: _Prepared, made: Sequence[np.ndarray | str | None]) -> list[Made]:
+        rows = prepared.rows
         errors = [prepared.errors.get(i) for i in range(len(rows))]
         return [x for x, mine in zip(zip(rows, made, errors, strict=True), self._owned, strict=False) if mine]
 

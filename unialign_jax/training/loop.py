@@ -89,7 +89,9 @@ def train(
         if resume_step is None:
             start = start if run.init is None else run.init
             if start is None and run.after is not None:
-                raise ValueError(f"stage {run.stage!r} goes on from {run.after!r}; say where that is, or set init")
+                raise run_config.ConfigError(
+                    f"stage {run.stage!r} goes on from {run.after!r}; say where that is, or set init"
+                )
             init = str(lineage.locate(start)) if start else None
         else:
             saved = checkpoints.meta(resume_step)
