@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from etils import epath
 
 from unialign_jax import compilation_cache, parallel
 from unialign_jax.data import scenes
@@ -48,7 +49,7 @@ def run() -> dict[str, Any]:
         folder = pathlib.Path(folder)
         compilation_cache.enable(str(folder / "xla"))
         scenes.write_corpus(folder / "corpus", count=64, chosen=["generate"])
-        config = _config(folder / "corpus" / "generate.jsonl")
+        config = small_config(folder / "corpus" / "generate.jsonl")
         made = []
         _loop_turn(config, folder / "0", made)  # the first turn compiles, and records the batches
         bare_turn = _Bare(config, Tokenizer.load(folder / "0" / "loop" / "tokenizer"), made)
@@ -135,7 +136,7 @@ class _Bare:
         return tuple((b - a) / _STEPS for a, b in zip(begin, end, strict=True))
 
 
-def _config(rows: pathlib.Path) -> ml_collections.ConfigDict:
+def small_config(rows: epath.PathLike) -> ml_collections.ConfigDict:
     """A model that is small, but whose step takes long enough to be training."""
     return ml_collections.ConfigDict(
         {

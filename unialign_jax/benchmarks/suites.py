@@ -13,6 +13,7 @@ from etils import epath
 SUITES = {
     "data": ("unialign_jax.benchmarks.data", "the input pipeline alone, beside a PyTorch DataLoader on the same files"),
     "sample": ("unialign_jax.benchmarks.sample", "images per second and peak memory of sampling against the batch"),
+    "step": ("unialign_jax.benchmarks.step", "the train step's time, memory and MFU against the batch"),
     "loop": ("unialign_jax.benchmarks.loop", "what the training loop adds to the bare compiled step"),
 }
 
