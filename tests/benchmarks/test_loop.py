@@ -18,7 +18,7 @@ def test_summary():
 
 
 def test_report(tmp_path, monkeypatch):
-    config = loop._config
+    config = loop.small_config
 
     def smaller(rows):
         made = config(rows)
@@ -26,7 +26,7 @@ def test_report(tmp_path, monkeypatch):
         made.model.transformer.num_layers = made.model.text_encoder.num_layers = made.objective.semantic_depth = 1
         return made
 
-    for name, value in {"_STEPS": 1, "_WARM_UP": 1, "_ROUNDS": 2, "_config": smaller}.items():
+    for name, value in {"_STEPS": 1, "_WARM_UP": 1, "_ROUNDS": 2, "small_config": smaller}.items():
         monkeypatch.setattr(loop, name, value)
     report = suites.run("loop", tmp_path / "a" / "loop.json")
     assert json.loads((tmp_path / "a" / "loop.json").read_text()) == report

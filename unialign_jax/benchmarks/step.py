@@ -1,6 +1,6 @@
 """The train step against the batch, until the device is full: its time, memory and model FLOPs utilization (MFU).
 
-On accelerators it is the step of the published size on 512 x 512 images, in bfloat16, with everything that can be cached
+On accelerators it is the step of the published size on 512 x 512 images, in bfloat16, with all that can be cached
 cached; on a CPU that of a small model. Weights and batches are constants: time and memory do not depend on them.
 """
 
