@@ -100,3 +100,13 @@ def test_what_may_have_been_an_outage_is_not_final():
     assert isinstance(report.too_many(), TooManyRefused) and report.too_many().final
     report.refused["unreadable image"] += 1
     assert not getattr(report.too_many(), "final", False)
+
+
+def test_no_more_are_named_than_asked_for():
+    report = Report("rows.jsonl", 100, 0.02, max_named=2)
+    report.add(0, BAD)
+    report.add(0, (8, "line 8", *BAD[2:]))
+    assert list(report.named) == [7, 8]
+    with pytest.raises(CorpusError, match="3 of 3 rows"):  # what is not named counts as well
+        report.add(0, (9, "line 9", *BAD[2:]))
+    assert list(report.named) == [7, 8]

@@ -24,7 +24,7 @@ import numpy as np
 
 from unialign_jax.data.caches import Cache, Caches
 from unialign_jax.data.config import DataConfig
-from unialign_jax.data.report import Report
+from unialign_jax.data.report import MAX_NAMED, Report
 from unialign_jax.data.schedule import Schedule, next_stream
 from unialign_jax.data.sources import Source, open_source
 from unialign_jax.data.streams import ReadChunk, Stream, make_streams, read_ahead
@@ -264,7 +264,10 @@ class _Plan:
         return self.state(state["drawn"], reports)
 
     def new_reports(self) -> tuple[Report, ...]:
-        return tuple(Report(source.path, len(source), self.config.refused_share) for source in self.sources)
+        # All hosts' accounts are exchanged at every save: together they name about as many as one host would.
+        named = max(MAX_NAMED * len(self.slots) // self.config.global_batch, 1)
+        share = self.config.refused_share
+        return tuple(Report(source.path, len(source), share, max_named=named) for source in self.sources)
 
     def reports(self, state: dict[str, Any]) -> tuple[Report, ...]:
         reports = self.new_reports()

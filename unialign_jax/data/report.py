@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from unialign_jax.data.samples import Cause
 
-_MAX_NAMED = 10_000
+MAX_NAMED = 10_000
 
 
 class CorpusError(ValueError):
@@ -33,13 +33,15 @@ class Report:
       rows: number of rows in it.
       limit: highest share of refused rows, in [0, 1).
       in_order: rows are read as they stand in the source, where bad ones may stand together.
+      max_named: of the refused rows so many are told by name.
     """
 
-    def __init__(self, path: str, rows: int, limit: float, *, in_order: bool = False):
+    def __init__(self, path: str, rows: int, limit: float, *, in_order: bool = False, max_named: int = MAX_NAMED):
         self.path = path
         self.rows = rows
         self.limit = limit
         self.in_order = in_order
+        self.max_named = max_named
         self.read = 0
         self.refused: collections.Counter[str] = collections.Counter()
         self.named: dict[int, tuple[str, str, str]] = {}
@@ -64,11 +66,11 @@ class Report:
         row, place, cause, detail = refusal
         self.refused[cause] += 1
         self._refused_in_pass += 1
-        if len(self.named) < _MAX_NAMED:
+        if len(self.named) < self.max_named:
             self.named[row] = (place, cause, detail)
         expected = self.limit * self.read
         # Buckets go through their rows each in its own time, so that a pass over all may meet a row twice.
-        distinct = len(self.named) if len(self.named) < _MAX_NAMED else math.inf
+        distinct = len(self.named) if len(self.named) < self.max_named else math.inf
         certain = min(self._refused_in_pass, distinct) > self.limit * self.rows + 1e-9
         beyond_chance = self.refused.total() > expected + 4 * math.sqrt(expected) + 5
         if certain or (beyond_chance and not self.in_order):
@@ -82,7 +84,7 @@ class Report:
         )
 
     def state(self) -> dict:
-        """JSON-able; `restore` takes it back. Also what to write to disk: it names every refused row (up to 10 000)."""
+        """JSON-able; `restore` takes it back. Also what to write to disk: it names the refused rows."""
         return {
             "path": self.path,
             "rows": self.rows,
@@ -109,7 +111,7 @@ class Report:
         return states[0] | {
             "read": sum(state["read"] for state in states),
             "refused": dict(refused),
-            "named": [[row, *why] for row, why in itertools.islice(sorted(named.items()), _MAX_NAMED)],
+            "named": [[row, *why] for row, why in itertools.islice(sorted(named.items()), MAX_NAMED)],
             "pass": last_pass,
             "refused_in_pass": sum(state["refused_in_pass"] for state in states if state["pass"] == last_pass),
         }
