@@ -145,8 +145,9 @@ def test_other_meshes_and_numbers_of_processes_go_on_with_the_same_curve(whole, 
     ((four,),) = run(
         {"copy": str(work / "whole"), "workdir": str(work / "chain"), "changes": fours}, processes=1, devices=4
     )
+    # They also make samples together, of weights that are split over them.
     two_by_four = run(
-        {"workdir": str(work / "pair"), "changes": {}},
+        {"workdir": str(work / "pair"), "changes": {"log.samples_every": 4}},
         {"workdir": str(work / "chain"), "changes": {"steps": 6, "allow_changed": ["steps"]}},
         processes=2,
         devices=4,

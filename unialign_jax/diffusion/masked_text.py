@@ -47,10 +47,13 @@ def log_probs(logits: jax.Array, ids: jax.Array, mask_id: int) -> jax.Array:
 
     The mask itself has none; a revealed token is certain of itself.
     """
-    vocabulary = jnp.arange(logits.shape[-1])
-    logits = logits.astype(jnp.float32) + jnp.where(vocabulary == mask_id, NEG_INFINITY, 0.0)
-    certain = jnp.where(vocabulary == ids[..., None], 0.0, NEG_INFINITY)
-    return jnp.where((ids == mask_id)[..., None], jax.nn.log_softmax(logits), certain)
+    certain = jnp.where(jnp.arange(logits.shape[-1]) == ids[..., None], 0.0, NEG_INFINITY)
+    return jnp.where((ids == mask_id)[..., None], jax.nn.log_softmax(_without_mask(logits, mask_id)), certain)
+
+
+def _without_mask(logits: jax.Array, mask_id: int) -> jax.Array:
+    """Logits in float32, in which the mask itself has no probability."""
+    return logits.astype(jnp.float32) + jnp.where(jnp.arange(logits.shape[-1]) == mask_id, NEG_INFINITY, 0.0)
 
 
 def loss(
@@ -65,9 +68,7 @@ def loss(
       learned: bool `[B, T]`, False on a prompt's positions. The divisor stays B T, as published.
       mask_id: the absorbing id.
     """
-    logits = logits.astype(jnp.float32)
-    vocabulary = jnp.arange(logits.shape[-1])
-    logits = logits + jnp.where(vocabulary == mask_id, NEG_INFINITY, 0.0)
+    logits = _without_mask(logits, mask_id)
     # Only the true token's log-probability is needed: no second [B, T, V] array.
     true_logit = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
     nll = jax.nn.logsumexp(logits, axis=-1) - true_logit
