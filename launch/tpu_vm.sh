@@ -140,7 +140,7 @@ python3 -m pip install --quiet --user uv
 [ -x .venv/bin/python ] || python3 -m uv venv --quiet --python=3.11 .venv
 python3 -m uv pip install --quiet --python=.venv/bin/python -e ".[tpu]"
 # Without, libtpu of v5e and later starts and ends slowly.
-sudo sh -c "echo always > /sys/kernel/mm/transparent_hugepage/enabled"
+sudo sh -c "echo always > /sys/kernel/mm/transparent_hugepage/enabled" || echo "huge pages stay off" >&2
 .venv/bin/python -c "import jax; print(\"jax\", jax.__version__)"'
 
 install() {
