@@ -48,7 +48,6 @@ setup(
         "flatbuffers",  # undeclared need of jax.export
         "numpy>=2.0",
         "pillow>=11",
-        "safetensors>=0.5",
         "scipy>=1.13",
         "tokenizers>=0.21",
         "tqdm>=4.67",

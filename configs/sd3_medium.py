@@ -8,7 +8,9 @@ The stage `published` has the values of the public training configuration, the o
 stages of the paper's curriculum differ from it only in mixtures and lengths, of which nothing is published.
 
     python launch/train.py --config=configs/sd3_medium.py:all --workdir=runs/sd3 --config.data.root=DIRECTORY \\
-        --config.strategy=data+fsdp=16 --config.data.global_batch=1024
+        --config.strategy=data+fsdp=16 --config.data.global_batch=1024 --config.remat=attention
+
+That is for 256 chips; docs/pods.md tells how to ask whether something fits, docs/finetuning.md what one GPU can do.
 
 With ":all", what is the same in all stages is set once: `init`, where the converted parts are, `strategy`, `remat`,
 `micro_batches`, `data.root` and `data.global_batch`. The rest belongs to a stage: --config.stages.unify.steps=40000.
@@ -47,10 +49,10 @@ def get_config(stage: str = "published") -> ml_collections.ConfigDict:
     return _stage(stage, shared)
 
 
-def _source(path: str, task: str, weight: float, *, references: int = 0, format: str = "rows") -> dict:
+def _source(path: str, task: str, weight: float, *, references: int = 0) -> dict:
     return {
         "path": path,
-        "format": format,
+        "format": "rows",
         "task": task,
         "references": references,
         "weight": weight,

@@ -11,8 +11,8 @@ import dataclasses
 from absl import flags
 
 from unialign_jax import cli
+from unialign_jax.data.samples import TASKS
 
-TASKS = ("generate", "edit", "perceive", "compose", "caption", "answer")
 SETS = ("test", "attributes", "relations", "wordings", "train")
 
 _CHECKPOINT = flags.DEFINE_string(

@@ -19,6 +19,10 @@ export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}" # large pages: a step's buffers are fresh memory
 
 if [ ! -x "$python" ]; then
+  "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "launch/quickstart.sh: ${PYTHON:-python3} is older than Python 3.11; set PYTHON to a newer one" >&2
+    exit 1
+  }
   say "installing into .venv" "20 minutes"
   "${PYTHON:-python3}" -m venv .venv
 fi

@@ -19,8 +19,7 @@ elsewhere give --coordinator, --num_processes and --process_id.
 from absl import flags
 
 from unialign_jax import cli
-
-TASKS = ("generate", "edit", "perceive", "compose", "caption", "answer")
+from unialign_jax.data.samples import TASKS
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A run's stage directory, a step in it, a converted or public directory, or a shipped name."

@@ -12,6 +12,10 @@ if [ ! -x .venv/bin/python ]; then
   }
   "${PYTHON:-python3}" -m venv .venv
 fi
+.venv/bin/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' || {
+  echo "launch/test.sh: .venv has no pip, or a Python older than 3.11; remove .venv, and set PYTHON to a newer one" >&2
+  exit 1
+}
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 
 export JAX_PLATFORMS=cpu

@@ -17,7 +17,8 @@ commands, in the order of a run:
   wait      until it is there
   install   copy this checkout to all workers and install it
   start     train on all workers, in the background       (-- --config=... --workdir=gs://...)
-            or do something else that goes on where it was (-- launch/sample.py ... --output=gs://...)
+            or do something else that goes on where it was (-- launch/sample.py ... --output=gs://... or
+                                                            -- launch/precompute.py ... --target=gs://...)
             again: only on workers where nothing runs, such as those of a host that was rebooted
   run       another program on all workers, until it ends  (-- launch/sample.py --checkpoint=gs://... ...)
   status    the request's state, and each worker's last line of log
@@ -35,7 +36,8 @@ options:
   --spot            cheaper, may be taken away at any time
   --reserved        from a reservation
   --runtime=NAME    software of the VM; default: the one for JAX of --type's generation
-  --restarts=N      how often a worker's program is started again after a failure; default 20
+  --restarts=N      how often a worker's program is started again after failures that follow each other, of which none
+                    comes after half an hour of work; default 20
   --slice=I         for tail; default 0
   --worker=I        for tail; default 0
   --dry_run         print every command instead of running it
@@ -161,12 +163,12 @@ start() {
     case "$argument" in
       --config=*) has_config=1 ;;
       --workdir=gs://*) has_workdir=1 ;;
-      --output=gs://*) has_output=1 ;;
-      --workdir=* | --output=*) fail "$argument: all workers must reach it; expected ${argument%%=*}=gs://BUCKET/DIRECTORY" ;;
+      --output=gs://* | --target=gs://*) has_output=1 ;;
+      --workdir=* | --output=* | --target=*) fail "$argument: all workers must reach it; expected ${argument%%=*}=gs://BUCKET/DIRECTORY" ;;
     esac
   done
   if [[ "${program[0]:-}" == *.py ]]; then
-    [[ -n "$has_output" ]] || fail "start needs --output=gs://BUCKET/DIRECTORY among the arguments of ${program[0]}"
+    [[ -n "$has_output" ]] || fail "start needs --output=gs://BUCKET/DIRECTORY (launch/precompute.py: --target) among the arguments of ${program[0]}"
   else
     [[ -n "$has_config" && -n "$has_workdir" ]] ||
       fail "start needs train.py's arguments after --: -- --config=configs/FILE.py:STAGE --workdir=gs://BUCKET/DIRECTORY"
@@ -219,7 +221,9 @@ work() {
   command=(launch/train.py "${program[@]}" --preempted_exit_code=75)
   [[ "${program[0]}" != *.py ]] || command=("${program[@]}")
   trap 'stopping=1; kill -TERM "$child" 2>/dev/null || true' TERM # the program saves and ends
+  local begun
   while :; do
+    begun=$SECONDS
     .venv/bin/python "${command[@]}" &
     child=$! code=0
     wait "$child" || code=$?
@@ -229,6 +233,8 @@ work() {
     done
     # 78: what starting again can't mend, such as a loss that is not finite.
     [[ "$code" != 0 && "$code" != 78 && -z "$stopping" ]] || break
+    # What has worked for long fails for a new reason.
+    ((SECONDS - begun < ${UNIALIGN_HEALTHY_SECONDS:-1800})) || left=$restarts
     if [[ "$code" != 75 ]]; then # what was saved in order has failed at nothing
       ((left > 0)) || break
       left=$((left - 1))

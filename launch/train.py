@@ -22,7 +22,7 @@ from unialign_jax import cli
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, and after a colon the stage.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and the tokenizer go, by stage.")
 _PROFILE = flags.DEFINE_string("profile_steps", None, "START:STOP: record these steps for XProf.")
-_start = cli.define_cluster()
+_start = cli.define_cluster(preemption=True)
 _PREEMPTED = flags.DEFINE_integer(
     "preempted_exit_code", 0, "Exit code after a SIGTERM, once the step is saved, if it was not the last.", 0, 255
 )

@@ -97,7 +97,9 @@ def test_defects_keep_their_traceback_and_expected_errors_do_not(program):
     assert library.returncode == 1 and "Traceback" in library.stderr and "JSONDecodeError" in library.stderr
     assert_refused(run(program=program("open('/nowhere/at/all')")), "/nowhere/at/all")
     full = program("import jax\nraise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory.\\nBuffers: ...')")
-    assert_refused(run(program=full), "memory is full: RESOURCE_EXHAUSTED: Out of memory.", "--config.micro_batches")
+    assert_refused(
+        run(program=full), "memory is full: RESOURCE_EXHAUSTED: Out of memory.", "--config.micro_batches", code=78
+    )
     other = run(program=program("import jax\nraise jax.errors.JaxRuntimeError('INTERNAL: other')"))
     assert "Traceback" in other.stderr
     assert run(program=program("print('fine')")).returncode == 0

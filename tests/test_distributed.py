@@ -121,6 +121,9 @@ def test_what_starting_again_cannot_mend_is_told_by_the_exit_code_of_one_process
         _, errors = processes[1].communicate(timeout=120)
         # JAX would wait half a minute for the other, and then abort with 134.
         assert processes[1].returncode == 78 and errors.endswith("error: too many rows\n")
+        # SIGTERM ends the other, which is no trainer: JAX would only take note of it.
+        processes[0].terminate()
+        assert processes[0].wait(10) == -signal.SIGTERM
     finally:
         for process in processes:
             process.kill()

@@ -1,11 +1,17 @@
 """A run's weights as files: one network in memory at a time, nothing written or left where it can't be."""
 
+import shutil
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from unialign_jax import convert, exports, pretrained
+from unialign_jax.checkpoints import Checkpoints
 from unialign_jax.convert import ConversionError, load_torch
+from unialign_jax.data.tokenizer import PlainTokenizer, Tokenizer
+from unialign_jax.state import TrainState
 
 
 @pytest.mark.parametrize("to", [exports.to_jax, exports.to_torch])
@@ -21,6 +27,28 @@ def test_one_network_is_in_memory_at_a_time(stage, float32_bytes, tmp_path, to):
     jax.tree.map(np.testing.assert_array_equal, {name: written[name] for name in average}, average)
     # What a sampler takes where it is told nothing else is that of the run.
     assert _sampling(tmp_path / "out") == _sampling(directory)
+
+
+def test_a_teachers_tokenizer_comes_along(stage, tmp_path, monkeypatch):
+    """As training found it: by its name, in which ~ is home; what is named and gone is missed."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    directory, average = stage
+    with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
+        config = checkpoints.meta(3)["config"]
+    config["model"]["teacher"] = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 8, "window_size": 16,
+        "out_hidden_size": 12, "fullatt_block_indexes": [0], "min_pixels": 256, "max_pixels": 256, "vocab_size": 50,
+    }  # fmt: skip
+    config["teacher_tokenizer"] = "~/theirs"
+    with Checkpoints(tmp_path / "run/checkpoints") as checkpoints:
+        checkpoints.save(3, TrainState(jnp.int32(3), average, {}, average), {}, {"config": config, "init": None})
+    shutil.copytree(directory / "tokenizer", tmp_path / "run/tokenizer")
+    with pytest.raises(FileNotFoundError, match="teacher_tokenizer is ~/theirs, which is no directory"):
+        exports.to_jax(tmp_path / "run", tmp_path / "without", progress=False)
+    Tokenizer.learn(["ein rotes Quadrat"], 24).save(tmp_path / "theirs")
+    exports.to_jax(tmp_path / "run", tmp_path / "out", progress=False)
+    written = PlainTokenizer.load(tmp_path / "out/teacher_tokenizer")
+    assert written.fingerprint() == PlainTokenizer.load(tmp_path / "theirs").fingerprint()
 
 
 def test_a_shipped_checkpoint_is_exported_by_its_name(tmp_path):

@@ -59,13 +59,13 @@ print(size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 def write_pipeline(directory: pathlib.Path) -> None:
     """A public pipeline directory of random float16 tensors, by the recorded manifest of the published checkpoint."""
-    torch = pytest.importorskip("torch")
-    save_file = pytest.importorskip("safetensors.torch").save_file
+    import torch
+    from diffusers.models.embeddings import get_2d_sincos_pos_embed
+    from safetensors.torch import save_file
+
     shutil.copytree(HERE / "golden", directory, ignore=shutil.ignore_patterns("*.npz", "*grad*", "state*"))
     manifest = json.loads((HERE / "golden" / "state_dict_manifest.json").read_text())
-    positions = pytest.importorskip("diffusers.models.embeddings").get_2d_sincos_pos_embed(
-        1536, 192, base_size=64, interpolation_scale=1, output_type="pt"
-    )
+    positions = get_2d_sincos_pos_embed(1536, 192, base_size=64, interpolation_scale=1, output_type="pt")
     draw = torch.Generator().manual_seed(0)
     for name, fields in SIZES.items():
         tensors = {}

@@ -51,6 +51,13 @@ def unpack(recorded):
     return features, draws
 
 
+def apply(objective, transformer, encode, features, draws):
+    """The objective on what an encoder makes of its texts."""
+    ids = objective.texts(features, draws)
+    states = None if ids is None else encode(ids.reshape(-1, ids.shape[-1])).reshape(*ids.shape, -1)
+    return objective(transformer, states, features, draws)
+
+
 @pytest.fixture(scope="module")
 def value_and_grad(transformer, text_encoder):
     """Loss, terms and gradients of an objective on a case; the null states are the recorded ones."""
@@ -64,7 +71,7 @@ def value_and_grad(transformer, text_encoder):
             return jnp.where(is_null, null_text, encoder.apply({"params": text_params}, ids))
 
         def loss(params):
-            return objective(functools.partial(model.apply, {"params": params}), encode, features, draws)
+            return apply(objective, functools.partial(model.apply, {"params": params}), encode, features, draws)
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
@@ -141,7 +148,7 @@ def test_dropped_references_are_masked_apart_from_the_text(case):
             raise Seen(reference_mask, states)
 
         with pytest.raises(Seen) as seen:
-            objective(transformer, lambda ids: jnp.zeros((*ids.shape, 3)) + ids[..., None], features, draws)
+            apply(objective, transformer, lambda ids: jnp.zeros((*ids.shape, 3)) + ids[..., None], features, draws)
         return seen.value.args
 
     features, draws = unpack(case("loss_edit"))
@@ -175,7 +182,7 @@ def test_unpadded_pooling_ignores_what_padding_holds(case, transformer, text_enc
             return out._replace(text_hidden=out.text_hidden + shift)
 
         encode = functools.partial(encoder.apply, {"params": text_params})
-        return {name: float(term) for name, term in objective(shifted, encode, features, draws)[1].items()}
+        return {name: float(term) for name, term in apply(objective, shifted, encode, features, draws)[1].items()}
 
     masked = dataclasses.replace(RECORDED, pool_padding=False)
     without, whole = terms(masked, 0.0), terms(RECORDED, 0.0)
@@ -215,7 +222,7 @@ def test_a_pass_that_is_left_out_is_not_run_and_the_other_is_as_before(changes, 
             passes.append("image" if "want_text" in kwargs else "text")
             return model.apply({"params": params}, latents, *args, **kwargs)
 
-        return objective(run, functools.partial(encoder.apply, {"params": text_params}), features, draws)
+        return apply(objective, run, functools.partial(encoder.apply, {"params": text_params}), features, draws)
 
     _, both = loss(RECORDED)
     del passes[:]
@@ -252,7 +259,7 @@ def test_shifted_times_and_the_space_of_the_image_loss(space, case):
         return types.SimpleNamespace(image=factor * latents, image_semantic=jnp.ones((len(times), 40)))
 
     objective = dataclasses.replace(RECORDED, time_shift=shift, image_loss=space, text_pass=0.0)
-    _, terms = objective(network, lambda ids: jnp.zeros((*ids.shape, 48)), features, draws)
+    _, terms = apply(objective, network, lambda ids: jnp.zeros((*ids.shape, 48)), features, draws)
     sigma = (1000 - np.floor(np.asarray(draws.image_time, np.float64) * 1000)) / 1000
     sigma = (shift * sigma / (1 + (shift - 1) * sigma))[:, None, None, None]
     clean, noise = np.asarray(features.target, np.float64), np.asarray(draws.noise, np.float64)

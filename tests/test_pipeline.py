@@ -244,8 +244,13 @@ def test_prompts_in_any_script_and_of_any_length(pipeline):
 
 
 def test_up_to_four_references(pipeline):
-    for count in (3, 4):  # one and two are everywhere in this file
-        assert pipeline.compose([picture(i) for i in range(count)], "a circle", steps=1).size == (16, 16)
+    """Each of them matters, the last too."""
+    made = [
+        pipeline.compose([picture(i) for i in numbers], "a circle", seed=4, output="array", **FEW)
+        for numbers in ((0, 1, 2), (0, 1, 5), (0, 1, 2, 3), (0, 1, 2, 5), (6, 1, 2, 3))
+    ]
+    assert all(image.shape == (16, 16, 3) for image in made)
+    assert len({image.tobytes() for image in made}) == len(made)
 
 
 def test_a_session_of_edits(pipeline):

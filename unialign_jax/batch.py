@@ -19,7 +19,7 @@ class Batch:
     caption_loss_mask: bool `[B, T]`, False on the positions of a prompt (a question).
     target: uint8 `[B, H, W, 3]`, the image that is generated, or described.
     references: uint8 `[B, N, H, W, 3]`, or None.
-    reference_mask: bool `[B, N]`, False where a sample has no such reference; None without references.
+    reference_mask: bool `[B, N]`, False where a sample has no such reference; None: all samples have all N.
     instruction_ids: int32 `[B, T]`, the text the image pass is conditioned on; for generation the caption.
     null_ids: int32 `[T]`, the ids of " ", the text of a dropped condition.
     teacher_ids: int32 `[B, Tq]`, the caption in the teacher's tokens; None without a teacher.

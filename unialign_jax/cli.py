@@ -24,8 +24,8 @@ _NO_CONFIG = "Failed loading config file"  # ml_collections says so when the con
 def run(main: Callable[[], None]) -> None:
     """Runs an absl program whose flags are already defined; does not return.
 
-    Missing or unreadable files, every `ValueError` that this package raises, and too little device memory become one
-    line and exit code 1; wrong flags and config overrides, and errors that are `final`, code 78. All other exceptions
+    Missing or unreadable files and every `ValueError` that this package raises become one line and exit code 1; wrong
+    flags and config overrides, too little device memory, and errors that are `final`, code 78. All other exceptions
     are defects of the program and keep their traceback.
 
     Args:
@@ -49,14 +49,19 @@ def run(main: Callable[[], None]) -> None:
                 f"the device's memory is full: {str(error).splitlines()[0]} Take a smaller batch (--batch), smaller "
                 "images or more devices; in training more --config.micro_batches or --config.remat=full, which a run "
                 "that goes on takes with --config.allow_changed=micro_batches,remat, or, if it was for the grid of "
-                "samples, --config.log.samples_every=0"
+                "samples, --config.log.samples_every=0",
+                FINAL_EXIT_CODE,
             )
 
     app.run(guarded, flags_parser=_parse)
 
 
-def define_cluster() -> Callable[[], None]:
-    """The flags of programs that run on many hosts; the result connects the processes and opens the compile cache."""
+def define_cluster(*, preemption: bool = False) -> Callable[[], None]:
+    """The flags of programs that run on many hosts; the result connects the processes and opens the compile cache.
+
+    Args:
+      preemption: see `distributed.initialize`.
+    """
     coordinator = flags.DEFINE_string("coordinator", None, "host:port of process 0, where the processes meet.")
     count = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
     number = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
@@ -65,7 +70,7 @@ def define_cluster() -> Callable[[], None]:
     def start() -> None:
         from unialign_jax import distributed  # late: it loads JAX
 
-        distributed.initialize(coordinator.value, count.value, number.value)
+        distributed.initialize(coordinator.value, count.value, number.value, preemption=preemption)
         open_cache()
 
     return start

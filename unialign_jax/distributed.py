@@ -35,6 +35,7 @@ def initialize(
     process_id: int | None = None,
     *,
     timeout: int = 300,
+    preemption: bool = True,
 ) -> None:
     """Connects this process with the others. What is not given comes from the cluster.
 
@@ -46,6 +47,8 @@ def initialize(
       num_processes: how many processes there are.
       process_id: which one this is, from 0.
       timeout: seconds to wait for the others.
+      preemption: whether the program asks for SIGTERM, see `Preemption`. If not, the signal ends it, as elsewhere; JAX
+        would only take note of it.
 
     Raises:
       ValueError: arguments that are incomplete or impossible.
@@ -56,6 +59,7 @@ def initialize(
         return
     address, total, number = placed
     print(f"process {number} of {total} on {socket.gethostname()}: meeting the others at {address}", flush=True)
+    jax.config.update("jax_enable_preemption_service", preemption)
     with _missing_processes_named(timeout):
         jax.distributed.initialize(
             address,

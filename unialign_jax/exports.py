@@ -30,7 +30,7 @@ def to_jax(
       progress: whether to show a progress bar.
 
     Raises:
-      FileNotFoundError: there is no run.
+      FileNotFoundError: there is no run, or no tokenizer of its teacher where its config names one.
       ValueError: it is damaged, the target is not free, or the source is a converted directory already.
     """
     path = lineage.locate(source)
@@ -74,13 +74,10 @@ def to_torch(
 
 
 def _teacher_tokenizer(path: epath.Path, config: Mapping[str, Any]) -> epath.Path | None:
-    """Where the tokenizer of a run's teacher may be, by the rules of `training.tokenizers.of_teacher`."""
+    """Where the tokenizer of a run's teacher is; None: it has none of its own."""
     if not config["model"].get("teacher"):
         return None
-    if named := config.get("teacher_tokenizer"):
-        return epath.Path(named)
-    start = lineage.converted_start(path)
-    return start / convert.store.TEACHER_TOKENIZER if start else None
+    return lineage.teacher_tokenizer_directory(config.get("teacher_tokenizer"), path)
 
 
 @dataclasses.dataclass(frozen=True)

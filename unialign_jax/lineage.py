@@ -109,7 +109,7 @@ def moved_start(meta: Mapping[str, Any], init: epath.PathLike) -> str:
     place, identity = locate(init), meta.get("init_identity")
     if identity is not None:
         place = place.parent / epath.Path(meta["init"]).name
-        if not place.exists() or identity_of(str(place)) != identity:
+        if not agreement.primary(place.exists) or identity_of(str(place)) != identity:
             raise ValueError(
                 f"init is {init}, but {place} is not the checkpoint that this run started from, {meta['init']}; what "
                 "is not trained rests on that"
@@ -134,7 +134,8 @@ def check_start(meta: Mapping[str, Any], stage_directory: epath.Path) -> None:
       ValueError: naming the stage and the step that it started from.
     """
     start, recorded = start_of(meta, stage_directory), meta.get("init_identity")
-    if recorded is None or not epath.Path(start).exists() or identity_of(start) == recorded:
+    # Asked by one: where hosts see different files, some would go on to what all must do together.
+    if recorded is None or not agreement.primary(lambda: epath.Path(start).exists()) or identity_of(start) == recorded:
         return
     raise ValueError(
         f"{stage_directory} started from {start}, where another checkpoint is now: that stage was trained anew since. "
@@ -156,6 +157,45 @@ def converted_start(path: epath.Path | None) -> epath.Path | None:
             start = start_of(checkpoints.meta(int(path.name)), path.parent.parent)
         path = epath.Path(start) if start else None
     return path
+
+
+def drawn_of(path: epath.Path | None) -> list[str]:
+    """What of a model is still as it was initialised at random: PyTorch names of tensors.
+
+    Args:
+      path: as `locate` finds it; None: no start, from which all is random on purpose.
+
+    Raises:
+      FileNotFoundError: a start on the way to the converted directory is gone.
+    """
+    while path is not None and not store.is_converted(path := locate(path)):
+        with Checkpoints(path.parent, read_only=True) as checkpoints:
+            meta = checkpoints.meta(int(path.name))
+        if not meta["config"].get("lora", {}).get("rank"):
+            return []  # trained since
+        start = start_of(meta, path.parent.parent)
+        path = epath.Path(start) if start else None
+    return [] if path is None else store.read_config(path).get("drawn", [])
+
+
+def teacher_tokenizer_directory(named: str | None, start: epath.Path | None) -> epath.Path | None:
+    """Where the tokenizer of a teacher is: where a config names it, else where it came with the weights; None: nowhere.
+
+    Args:
+      named: the config's `teacher_tokenizer`.
+      start: what the run starts from, or one of its steps.
+
+    Raises:
+      FileNotFoundError: nothing is where it is named, or see `converted_start`.
+    """
+    if named:
+        directory = storage.absolute(named)
+        if not directory.is_dir():
+            raise FileNotFoundError(f"teacher_tokenizer is {named}, which is no directory")
+        return directory
+    beside = converted_start(start)
+    directory = beside / store.TEACHER_TOKENIZER if beside else None
+    return directory if directory is not None and directory.is_dir() else None
 
 
 def record_of(start: str | None, stage_directory: epath.Path) -> str | None:

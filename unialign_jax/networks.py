@@ -4,6 +4,7 @@ Which of them are trained is not decided here: every method takes the parameters
 """
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from unialign_jax import parallel
 from unialign_jax.batch import Batch, Features, to_unit_range
 from unialign_jax.models.autoencoder import AutoencoderCodec, AutoencoderConfig
 from unialign_jax.models.pixel_codec import Codec, PixelCodec, PixelCodecConfig
@@ -110,6 +112,17 @@ class Networks:
     def encode_text(self, params: Params, ids: jax.Array) -> jax.Array:
         """int32 `[B, T]` -> states `[B, T, E]`."""
         return self.text_encoder.apply({"params": params["text_encoder"]}, ids)
+
+    def encode_texts(self, params: Params, ids: jax.Array | None, most: int | None = None) -> jax.Array | None:
+        """`Objective.texts`, int32 `[B, n, T]` -> states `[B, n, T, E]`; in parts of `most` rows a device, if not None.
+
+        One call of the encoder for all: flattened so, a batch that is split over devices stays split.
+        """
+        if ids is None:
+            return None
+        rows, encode = ids.reshape(-1, ids.shape[-1]), functools.partial(self.encode_text, params)
+        states = encode(rows) if most is None else parallel.in_parts(encode, rows, most)
+        return states.reshape(*ids.shape, -1)
 
     def encode_images(self, params: Params, images: jax.Array) -> jax.Array:
         """float32 `[B, H, W, 3]` in [-1, 1] -> scaled latents `[B, h, w, C]`, the posterior's mean."""

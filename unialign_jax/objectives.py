@@ -11,13 +11,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from unialign_jax.batch import Draws, Features
+from unialign_jax.batch import Batch, Draws, Features
 from unialign_jax.diffusion import flow_matching, masked_text
 from unialign_jax.models.layers import mean_tokens
 from unialign_jax.models.unialign import Outputs
 
 Transformer = Callable[..., Outputs]
-EncodeText = Callable[[jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +76,22 @@ class Objective:
         if self.image_loss not in flow_matching.LOSS_SPACES:
             raise ValueError(f"image_loss is {self.image_loss!r}; choose one of {flow_matching.LOSS_SPACES}")
 
+    def texts(self, batch: Batch | Features, draws: Draws) -> jax.Array | None:
+        """Ids int32 `[B, n, T]` of the texts whose states the loss of a batch reads, those of a sample together.
+
+        First the image pass's condition, where the batch does not bring its states, then the masked caption; each only
+        of a pass that runs. None: no text at all.
+        """
+        texts = []
+        if self.image_pass and batch.instruction_states is None:
+            # A dropped condition is the text " ": the encoder reads each row by itself, so its ids can be replaced.
+            texts.append(jnp.where(self._dropped(draws)[:, None], batch.null_ids, batch.instruction_ids))
+        if self.text_pass:
+            texts.append(self._masked(batch, draws))
+        return jnp.stack(texts, axis=1) if texts else None
+
     def __call__(
-        self, transformer: Transformer, encode_text: EncodeText, features: Features, draws: Draws
+        self, transformer: Transformer, states: jax.Array | None, features: Features, draws: Draws
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss of one batch, deterministic in its arguments.
 
@@ -88,7 +101,7 @@ class Objective:
 
         Args:
           transformer: `UniAlign.apply` with its parameters bound.
-          encode_text: ids int32 `[B, T]` -> states `[B, T, E]`.
+          states: of the `texts`, floating `[B, n, T, E]`.
           features: the encoded batch.
           draws: the step's randomness.
 
@@ -96,29 +109,15 @@ class Objective:
           The weighted sum and the terms by name (`image`, `text`, `contrastive`, and with a teacher `image_align`,
           `text_align`; only those of passes that run), float32 scalars, unweighted.
         """
-        size = features.caption_ids.shape[0]
-        masked_ids = masked_text.mask_tokens(
-            features.caption_ids, draws.text_time, draws.text_mask, features.caption_loss_mask, self.mask_token_id
-        )
-        dropped = (draws.text_drop < self.text_dropout)[:, None]
-        if features.instruction_states is not None:
-            texts = []
-            instruction = jnp.where(dropped[..., None], features.null_states, features.instruction_states)
-        else:
-            # A dropped condition is the text " ": the encoder reads each row by itself, so its ids can be replaced.
-            texts = [jnp.where(dropped, features.null_ids, features.instruction_ids)] if self.image_pass else []
-        texts += [masked_ids] if self.text_pass else []
-        if texts:
-            # One call of the encoder for both texts, interleaved: a batch that is split over devices stays split.
-            rows = jnp.stack(texts, axis=1)
-            states = encode_text(rows.reshape(len(texts) * size, -1)).reshape(*rows.shape, -1)
-            caption = states[:, -1]
-            if features.instruction_states is None:
-                instruction = states[:, 0]
         depth = self.semantic_depth if features.teacher_image is not None else None
         terms, weights = {}, {}
 
         if self.image_pass:
+            if features.instruction_states is None:
+                instruction = states[:, 0]
+            else:
+                dropped = self._dropped(draws)[:, None, None]
+                instruction = jnp.where(dropped, features.null_states, features.instruction_states)
             sigma = flow_matching.noise_levels(draws.image_time)
             if self.time_shift != 1:
                 sigma = flow_matching.shift_levels(sigma, self.time_shift)
@@ -142,15 +141,15 @@ class Objective:
             pool_mask = None if self.pool_padding else _before_padding(features.caption_ids, self.end_token_id)
             text_pass = transformer(
                 features.target,
-                caption,
-                jnp.zeros((size,)),
+                states[:, -1],
+                jnp.zeros(len(states)),
                 semantic_depth=depth,
                 text_pool_mask=pool_mask,
                 want_image=False,
             )
             terms["text"] = masked_text.loss(
                 text_pass.text_logits,
-                masked_ids,
+                self._masked(features, draws),
                 features.caption_ids,
                 draws.text_time,
                 features.caption_loss_mask,
@@ -167,6 +166,16 @@ class Objective:
             )
             weights["contrastive"] = self.contrastive_weight
         return sum(weights[name] * term for name, term in terms.items()), terms
+
+    def _dropped(self, draws: Draws) -> jax.Array:
+        """bool `[B]`: whose text condition is left out."""
+        return draws.text_drop < self.text_dropout
+
+    def _masked(self, batch: Batch | Features, draws: Draws) -> jax.Array:
+        """The caption's ids `[B, T]`, masked as the step drew it."""
+        return masked_text.mask_tokens(
+            batch.caption_ids, draws.text_time, draws.text_mask, batch.caption_loss_mask, self.mask_token_id
+        )
 
     def _kept_references(self, features: Features, draws: Draws) -> jax.Array | None:
         """The reference mask, bool `[B, N]`, False throughout where a sample loses its references."""

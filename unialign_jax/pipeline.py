@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from unialign_jax import compilation_cache, parallel, pretrained
+from unialign_jax.data.samples import TASKS
 from unialign_jax.data.tokenizer import Tokenizer
 from unialign_jax.diffusion import flow_matching
 from unialign_jax.inference import inputs, presets, programs
@@ -23,7 +24,6 @@ from unialign_jax.inference.inputs import ImageLike
 from unialign_jax.inference.options import ImageOptions, Preview, TextOptions
 from unialign_jax.networks import Networks
 
-TASKS = ("generate", "edit", "perceive", "compose", "caption", "answer")
 _BAR = "{desc}{percentage:3.0f}%|{bar}| {n:.4g}/{total} [{elapsed}, {remaining} left, {rate_fmt}]"
 
 

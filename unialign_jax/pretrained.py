@@ -260,14 +260,19 @@ def sampled(networks: Networks, mesh: Mesh | None) -> dict[str, Any]:
     return Tuning(trained=()).cast_frozen_kernels(placed, jnp.dtype(networks.transformer.dtype))
 
 
-def _load_converted(path: epath.Path, dtype: str, mesh: Mesh | None) -> Model:
-    description = store.read_config(path)
-    if drawn := description.get("drawn"):
+def warn_of_drawn(path: epath.Path) -> None:
+    """Warns, on the log, of a model with parts that are still as they were drawn; see `lineage.drawn_of`."""
+    if drawn := lineage.drawn_of(path):
         logging.warning(
-            "%s was made of weights without %d tensors of the network, such as %s, which were drawn: it is a start for "
-            "training, and no model to sample from yet",
+            "%s is made of weights without %d tensors of the network, such as %s, which were drawn and not trained: it "
+            "is a start for training the whole model, not by LoRA, which leaves them, and none to sample from yet",
             *(path, len(drawn), drawn[0]),
         )
+
+
+def _load_converted(path: epath.Path, dtype: str, mesh: Mesh | None) -> Model:
+    description = store.read_config(path)
+    warn_of_drawn(path)
     networks = build_networks(dict(description) | {"teacher": None}, dtype=dtype)
     params = {}
     for name, tree in sampled(networks, mesh).items():
@@ -304,6 +309,7 @@ def _published(networks: Networks, params: Any, description: Mapping[str, Any], 
 
 def _load_step(path: epath.Path, dtype: str, average: bool, mesh: Mesh | None) -> Model:
     config = lineage.config_of(path)
+    warn_of_drawn(path)
     networks = build_networks(config["model"] | {"teacher": None}, dtype=dtype)
     return Model(
         networks=networks,

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import importlib.util
 import io
 import os
 import pathlib
@@ -20,6 +21,11 @@ from etils import epath
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 # What other processes write has to be seen: gcsfs would keep for good what a directory held when it was first listed.
 fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+# Without, gcsfs waits for ever for an answer that a dead connection will not bring. What times out is asked for again.
+if importlib.util.find_spec("gcsfs"):
+    import aiohttp
+
+    fsspec.config.conf["gcs"].setdefault("requests_timeout", aiohttp.ClientTimeout(sock_connect=30, sock_read=60))
 _READ_AHEAD = 8 * 2**20  # bytes of a remote file that are fetched at once
 
 

@@ -13,6 +13,7 @@ import threading
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from unialign_jax import distributed
@@ -22,7 +23,7 @@ from unialign_jax.data.config import DataConfig
 from unialign_jax.data.jsonl import JsonlSource
 from unialign_jax.data.pipeline import make_batches, merge_states
 from unialign_jax.data.report import CorpusError
-from unialign_jax.data.sources import SourceConfig
+from unialign_jax.data.sources import SourceConfig, open_source
 
 # Of the rows of the corpus, by i % 4: wide, square, tall, square.
 SIZES = {0: (16, 36), 1: (24, 24), 2: (72, 32), 3: (24, 24)}
@@ -215,6 +216,28 @@ def test_hosts_agree_on_the_buckets_and_restarts_are_exact(corpus, write_rows, b
         state = json.loads(json.dumps(merge_states([host.get_state() for host in hosts])))
         for host in hosts:
             host.close()
+
+
+def test_sizes_are_kept_for_each_task(corpus, monkeypatch):
+    """Two sources of one file are measured once each, not each time anew in turns."""
+    asked = [SourceConfig(corpus, task=task) for task in ("generate", "caption")]
+    first = [target_sizes(open_source(source)) for source in asked]
+    monkeypatch.setattr(buckets, "_measure", None)
+    for source, sizes in zip(asked, first, strict=True):
+        np.testing.assert_array_equal(target_sizes(open_source(source)), sizes)
+
+
+def test_a_state_of_other_rows_in_equally_large_buckets_is_refused(corpus, byte_tokenizer):
+    with make_batches(setting(corpus), byte_tokenizer) as batches:
+        state = batches.get_state()
+    source = open_source(SourceConfig(corpus))
+    sizes = target_sizes(source)
+    wide, tall = (int(np.flatnonzero((sizes == size).all(axis=1))[0]) for size in (SIZES[0], SIZES[2]))
+    sizes[[wide, tall]] = sizes[[tall, wide]]
+    buckets.save_sizes(epath.Path(source.sizes_path), source.targets_fingerprint(), sizes)
+    with make_batches(setting(corpus), byte_tokenizer) as batches:
+        with pytest.raises(ValueError, match="was saved with buckets = "):
+            batches.set_state(state)
 
 
 def test_a_state_of_other_buckets_is_refused(corpus, byte_tokenizer):

@@ -101,6 +101,11 @@ def test_paths_are_relative_to_the_file_unless_absolute():
         (COMPOSE | {"original_images": []}, None, Cause.IMAGE_COUNT, "1 or more"),
         (COMPOSE | {"generated_images": ["c.png", "d.png"]}, None, Cause.IMAGE_COUNT, "'generated_images'"),
         (GENERATE | {"image": [""]}, None, Cause.MISSING_IMAGE, "empty"),
+        # A conversation of LLaVA's form, read as a published row.
+        (
+            GENERATE | {"conversations": [{"from": "human", "value": "<image>\nWhat is it?"}]},
+            *(None, Cause.TURNS_OUT_OF_ORDER, "expected format=conversations"),
+        ),
     ],
 )
 def test_unusable_rows_are_refused_by_cause(row, task, cause, words):

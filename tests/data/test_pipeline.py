@@ -1,7 +1,9 @@
 """The input pipeline: what batches hold, their order, and what happens to unusable rows."""
 
 import collections
+import dataclasses
 import json
+import pathlib
 import re
 
 import numpy as np
@@ -9,7 +11,8 @@ import pytest
 from PIL import Image
 from small_batches import SIZE, Bytes, config, levels, take
 
-from unialign_jax.data.pipeline import make_batches
+from unialign_jax import agreement
+from unialign_jax.data.pipeline import DataChanged, make_batches
 from unialign_jax.data.report import CorpusError
 from unialign_jax.data.schedule import next_stream
 from unialign_jax.data.sources import SourceConfig
@@ -183,6 +186,33 @@ def test_a_source_without_room_for_its_references_says_what_to_set(tmp_path):
     with make_batches(config(path), Bytes()) as batches:
         with pytest.raises(CorpusError, match="wrong number of images: 1\n.*set its references to 1"):
             next(batches)
+
+
+def test_processes_with_other_data_are_refused(write_rows, monkeypatch):
+    """Before the first batch, by the name of what differs."""
+    told = []
+    monkeypatch.setattr(agreement, "gather", lambda mine: told.append(mine) or [told[0], mine])
+    one, other = config(write_rows(8)), config(write_rows(8, "other.jsonl", first=1))
+    with make_batches(one, Bytes()), make_batches(one, Bytes()):
+        pass
+    with pytest.raises(DataChanged, match="other.jsonl: not the same in process 1 and in process 0"):
+        make_batches(other, Bytes())
+    with pytest.raises(DataChanged, match="the config's weights, or the sizes of images: not the same in process 1"):
+        make_batches(dataclasses.replace(one, seed=5), Bytes())
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_where_processes_make_the_same_rows_no_other_stands_in_for_what_one_cannot_read(write_rows, monkeypatch, alone):
+    path = write_rows(40)
+    (image := pathlib.Path(path).with_name("7.png")).unlink()
+    image.symlink_to("/proc/self/mem")  # to read it fails
+    monkeypatch.setattr(agreement, "gather", lambda mine: [mine] if alone else [mine, mine])
+    with make_batches(config(path, refused_share=0.5), Bytes()) as batches:
+        if alone:
+            assert 7 not in sum(take(batches, 10), [])
+            return
+        with pytest.raises(CorpusError, match=r"rows.jsonl, line 8: .*7.png.* Another process makes the same row"):
+            take(batches, 10)
 
 
 class Failing(Bytes):

@@ -64,6 +64,38 @@ def test_the_parameters_themselves_and_the_comparison_with_pytorch(convert, stag
         assert task in done.stdout
 
 
+# The command, with a tensor of what it has written changed before it checks that.
+ALTERED = """
+import runpy, sys
+from safetensors.numpy import load_file, save_file
+from unialign_jax import exports
+
+to_torch = exports.to_torch
+
+def altered(source, target, **options):
+    report = to_torch(source, target, **options)
+    file = f"{target}/transformer/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["image_proj_out.bias"] = tensors["image_proj_out.bias"] + 0.5
+    save_file(tensors, file, metadata={"format": "pt"})
+    return report
+
+exports.to_torch = altered
+sys.argv[0] = "launch/convert.py"
+runpy.run_path("launch/convert.py", run_name="__main__")
+"""
+
+
+def test_a_check_that_fails_ends_with_an_error(stage, tmp_path):
+    flags = ["--to=torch", f"--source={stage[0]}", f"--target={tmp_path / 'torch'}", "--check", "--steps=2"]
+    done = subprocess.run(
+        [sys.executable, "-c", ALTERED, *flags], cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1 and "caption: 0 tokens differ: same" in done.stdout, done.stderr
+    assert done.stderr.splitlines()[-1].endswith("differ in generate, edit, compose")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

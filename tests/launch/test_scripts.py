@@ -142,6 +142,7 @@ def test_run_has_every_worker_run_a_program_with_the_generations_flags():
         (["start", *TPU, "--type=v6e-16", "--", TRAIN[0], "--workdir=runs/x"], "--workdir=gs://"),
         (["start", *TPU, "--type=v6e-16", "--", "launch/sample.py", "--output=out"], "expected --output=gs://"),
         (["start", *TPU, "--type=v6e-16", "--", "launch/sample.py"], "needs --output=gs://"),
+        (["start", *TPU, "--type=v6e-16", "--", "launch/precompute.py", "--target=out"], "expected --target=gs://"),
     ],
 )
 def test_tpu_vm_refuses_what_it_cannot_do(arguments, message):
@@ -230,6 +231,14 @@ def test_a_worker_gives_up_after_its_restarts(checkout):
     (checkout / "train.sh").write_text("exit 7")
     result = bash("tpu_vm.sh", *WORK, cwd=checkout, UNIALIGN_RESTART_SECONDS="0")
     assert result.returncode == 7 and len(calls(checkout)) == 4
+
+
+def test_restarts_are_counted_anew_after_long_work(checkout):
+    """Seven failures, each after some work, with three restarts; then the end."""
+    (checkout / "train.sh").write_text("[ $(wc -l < calls) -gt 7 ] || exit 7")
+    settings = {"UNIALIGN_RESTART_SECONDS": "0", "UNIALIGN_HEALTHY_SECONDS": "0"}
+    result = bash("tpu_vm.sh", *WORK, cwd=checkout, **settings)
+    assert result.returncode == 0 and len(calls(checkout)) == 8
 
 
 def test_a_worker_does_not_start_again_what_that_can_not_mend(checkout):

@@ -11,7 +11,7 @@ import pytest
 from unialign_jax.batch import Batch, to_unit_range
 from unialign_jax.networks import build_networks
 from unialign_jax.objectives import Objective
-from unialign_jax.state import OptimizerConfig, apply_gradients, create_state
+from unialign_jax.state import OptimizerConfig, apply_gradients, create_state, learning_rate
 from unialign_jax.training.step import make_train_step
 from unialign_jax.tuning import Tuning
 
@@ -88,8 +88,8 @@ def cached_step(dtype, objective, optimizer, micro_batches):
     return jax.jit(make_train_step(networks, objective, optimizer, micro_batches=micro_batches))
 
 
-def run(steps, dtype="float32", data=None, **kwargs):
-    _, params, frozen = setup(dtype)
+def run(steps, dtype="float32", data=None, trained=("transformer",), **kwargs):
+    _, params, frozen = setup(dtype, trained)
     state, losses = create_state(params, OPTIMIZER), []
     for i in range(steps):
         state, metrics = step_of(dtype, **kwargs)(state, frozen, data or batch(seed=i % 4), jax.random.key(7))
@@ -143,15 +143,32 @@ def test_terms_are_reported_and_sum_to_the_loss():
     assert metrics["grad_norm"] > 0 and metrics["learning_rate"] == 0  # the first of the warm-up
 
 
-def test_micro_batches_update_like_the_full_batch():
+@pytest.mark.parametrize("trained", [("transformer",), ("transformer", "text_encoder")])
+def test_micro_batches_update_like_the_full_batch(trained):
+    """Whether the encoders are frozen, which read the whole batch at once, or trained, in each part."""
     objective = dataclasses.replace(OBJECTIVE, contrastive_weight=0.0)
     data = batch(references=1)
-    whole, _, a = run(3, data=data, objective=objective)
-    parts, _, b = run(3, data=data, objective=objective, micro_batches=4)
+    whole, _, a = run(3, data=data, objective=objective, trained=trained)
+    parts, _, b = run(3, data=data, objective=objective, trained=trained, micro_batches=4)
     for name in set(a) - {"contrastive"}:
         np.testing.assert_allclose(b[name], a[name], rtol=1e-4, err_msg=name)
     # Adam divides by the gradient's size, so a rounding difference of a tiny gradient shows; half a rate bounds it.
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4), parts.params, whole.params)
+
+
+def test_frozen_encoders_read_a_batch_once_whatever_the_micro_batches(monkeypatch):
+    """The texts of all samples in one call, however many parts follow; on one device 32 at a time."""
+    networks, params, frozen = setup()
+    seen = []
+    apply = type(networks.text_encoder).apply
+    monkeypatch.setattr(
+        type(networks.text_encoder), "apply", lambda m, p, ids: seen.append(len(ids)) or apply(m, p, ids)
+    )
+    for size, read in ((8, 16), (32, 32)):
+        step = make_train_step(networks, OBJECTIVE, OPTIMIZER, micro_batches=4)
+        jax.eval_shape(step, create_state(params, OPTIMIZER), frozen, batch(size=size), jax.random.key(0))
+        assert set(seen) == {read}, (size, seen)
+        seen.clear()
 
 
 def test_unequal_micro_batches_are_refused():
@@ -209,6 +226,16 @@ def test_update_is_torchs_adamw_with_clipping():
         np.testing.assert_allclose(state.params[k], theirs[k].detach().numpy(), rtol=2e-5, atol=1e-6)
         np.testing.assert_allclose(state.ema[k], average[k], rtol=2e-5, atol=1e-6)
     assert state.step == 6
+
+
+def test_the_cosine_of_the_learning_rate():
+    """From 0 up to the peak in `warmup_steps`, then half a cosine to 0 at `decay_steps`, and 0 from there."""
+    rate = learning_rate(OptimizerConfig(learning_rate=2e-3, warmup_steps=4, decay_steps=20))
+    expected = [5e-4 * k for k in range(4)] + [1e-3 * (1 + np.cos(np.pi * k / 16)) for k in range(17)] + [0.0, 0.0]
+    np.testing.assert_allclose([rate(k) for k in range(23)], expected, atol=1e-9)
+    # A run that ends before its warm-up does.
+    short = learning_rate(OptimizerConfig(learning_rate=2e-3, warmup_steps=4, decay_steps=2))
+    np.testing.assert_allclose([short(k) for k in range(5)], [5e-4 * k for k in range(5)], atol=1e-9)
 
 
 def test_by_option_block_matrices_go_by_muon():

@@ -30,13 +30,12 @@ def values(events):
     return {(event.step, value.tag): value for event in events for value in event.summary.value}
 
 
-def test_scalars_images_texts_and_histograms_are_written(tmp_path):
+def test_scalars_images_and_texts_are_written(tmp_path):
     writer = writers.make_writer(tmp_path)
     picture = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
     writer.write_scalars(3, {"loss": np.float32(0.5), "throughput/images_per_second": 12})
     writer.write_images(3, {"grid": picture, "pair": np.stack([picture, 255 - picture])})
     writer.write_texts(4, {"caption": "a red ball"})
-    writer.write_histograms(4, {"weights": np.arange(10.0)})
     writer.close()
     found = values(read_events(tmp_path))
     assert found[3, "loss"].simple_value == 0.5
@@ -45,7 +44,6 @@ def test_scalars_images_texts_and_histograms_are_written(tmp_path):
         decoded = np.asarray(Image.open(io.BytesIO(found[3, tag].image.encoded_image_string)))
         np.testing.assert_array_equal(decoded, expected)
     assert found[4, "caption/text_summary"].tensor.string_val == [b"a red ball"]
-    assert found[4, "weights"].histo.num == 10
 
 
 def test_a_resumed_run_drops_what_the_interrupted_one_wrote_later(tmp_path):
@@ -64,6 +62,6 @@ def test_only_one_process_writes(tmp_path):
 
 def test_errors_of_the_background_thread_surface(tmp_path):
     writer = writers.make_writer(tmp_path)
-    with pytest.raises(Exception, match="not written"):
-        writer.write_audios(1, {"sound": np.zeros((1, 2, 1))}, sample_rate=8000)
+    with pytest.raises(Exception, match="no number"):
+        writer.write_scalars(1, {"loss": "no number"})
         writer.flush()

@@ -132,9 +132,7 @@ def write_torch(
             configs.write_json(partial / store.SAMPLING_FILE, model["sampling"])
         if "teacher" in exports:
             workspace.copy_tokenizer(teacher_tokenizer, partial / "teacher")
-    report = Report(target, sizes)
-    _LOGGER.info("%s", report)
-    return report
+    return Report(target, sizes)
 
 
 def write_jax(
@@ -184,9 +182,7 @@ def write_jax(
             "sampling": dict(sampling),
         }
         configs.write_json(partial / store.MODEL_FILE, {**store.HEADER, **fields, **facts})
-    report = Report(target, sizes)
-    _LOGGER.info("%s", report)
-    return report
+    return Report(target, sizes)
 
 
 def _write_configs(directory: pathlib.Path, fields: Mapping[str, Any], scheduler: Mapping[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """From public PyTorch checkpoints to the converted directory (`store`)."""
 
 import dataclasses
-import logging
 import math
 import pathlib
 from collections.abc import Callable, Iterator
@@ -22,7 +21,6 @@ from unialign_jax.convert.sources import Component
 from unialign_jax.convert.tensors import Tensor, nbytes
 from unialign_jax.networks import build_networks
 
-_LOGGER = logging.getLogger(__name__)
 MASK_TOKEN = "<extra_id_0>"  # T5's first sentinel
 T5_VOCABULARY = 32100  # ids of T5's own tokenizer
 
@@ -116,9 +114,7 @@ def to_jax(
         workspace.copy_tokenizer(folders.teacher, partial / store.TEACHER_TOKENIZER)
         configs.write_json(partial / store.MODEL_FILE, model)
     transformer = components["transformer"]
-    report = Report(target, sizes, transformer.initialised, transformer.dropped, mask_token is None)
-    _LOGGER.info("%s", report)
-    return report
+    return Report(target, sizes, transformer.initialised, transformer.dropped, mask_token is None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ class Preparation:
     Attributes:
       height, width: of target and references, in pixels.
       references: room for reference images; 0 leaves their arrays out.
+      masks_references: see `SourceConfig.masks_references`; False leaves their mask out.
       tokenizer, text_length: of the text encoder; longer texts are cut.
       caption_prompt: stands before every caption, as a question before its answer; it is never masked.
       teacher_tokenizer, teacher_length: of the semantic teacher; None leaves its arrays out.
@@ -27,6 +28,7 @@ class Preparation:
     height: int
     width: int
     references: int
+    masks_references: bool
     tokenizer: Tokenizer
     text_length: int
     caption_prompt: str
@@ -74,7 +76,8 @@ class Preparation:
             )
         if not self.references:
             return arrays
-        arrays["reference_mask"] = np.arange(self.references) < count
+        if self.masks_references:
+            arrays["reference_mask"] = np.arange(self.references) < count
         if "latents" not in self.caches:
             arrays["references"] = np.zeros((self.references, self.height, self.width, 3), np.uint8)
             for i, reference in enumerate(sample.references):

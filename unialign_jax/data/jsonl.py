@@ -13,8 +13,12 @@ from unialign_jax.data.report import CorpusError
 from unialign_jax.data.rows import count_pairs, parse_conversation, parse_row
 from unialign_jax.data.samples import TASKS, Sample
 
-SIZES_SUFFIX = ".sizes.npz"
 _CHUNK = 16 << 20
+
+
+def sizes_path(path: epath.PathLike, task: str | None) -> str:
+    """Where the sizes of a source's images are kept: by task, which says what the targets are, and which rows count."""
+    return f"{path}.{task}.sizes.npz" if task else f"{path}.sizes.npz"
 
 
 class JsonlSource:
@@ -35,7 +39,7 @@ class JsonlSource:
     def __init__(self, path: epath.PathLike, task: str | None = None):
         if task is not None and task not in TASKS:
             raise ValueError(f"{path}: no task {task!r}; the tasks are {', '.join(TASKS)}")
-        self.path, self.sizes_path = str(path), f"{path}{SIZES_SUFFIX}"
+        self.path, self.sizes_path = str(path), sizes_path(path, task)
         self._rows = _Rows(epath.Path(path), "line", _index_rows)
         self._task = task
 
@@ -79,7 +83,7 @@ class ConversationSource:
     def __init__(self, path: epath.PathLike, task: str | None = None):
         if task not in (None, "answer", "caption", "generate"):
             raise ValueError(f"{path}: conversations are for answer, caption or generate, not for {task!r}")
-        self.path, self.sizes_path = str(path), f"{path}{SIZES_SUFFIX}"
+        self.path, self.sizes_path = str(path), sizes_path(path, task)
         file = epath.Path(path)
         if _begins_with(file, b"["):
             self._rows = _Rows(file, "row", _index_array)

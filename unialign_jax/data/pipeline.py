@@ -12,16 +12,20 @@ number of workers.
 """
 
 import dataclasses
+import functools
+import json
 import queue
 import sys
 import threading
 import weakref
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import grain
 import numpy as np
 
+from unialign_jax import agreement
 from unialign_jax.data.caches import Cache, Caches
 from unialign_jax.data.config import DataConfig
 from unialign_jax.data.report import MAX_NAMED, Report
@@ -30,7 +34,7 @@ from unialign_jax.data.sources import Source, open_source
 from unialign_jax.data.streams import ReadChunk, Stream, make_streams, read_ahead
 from unialign_jax.data.tokenizer import PlainTokenizer, Tokenizer
 
-_STATE_VERSION = 2
+_STATE_VERSION = 3
 _POLL_SECONDS = 0.1
 # Samples that travel together: handing over each for itself costs 3 % of a photograph's decoding. 100 MB at 2048².
 _CHUNK = 8
@@ -63,6 +67,7 @@ def make_batches(
     Raises:
       CorpusError: a source is missing or empty, or has fewer rows than one batch; a cache is unfinished.
       CacheMismatch: a cache is not of these sources and settings. Of which weights it is must be asked for.
+      DataChanged: another process has other data.
       ValueError: slots that the global batch does not have.
     """
     everything = range(config.global_batch)
@@ -71,7 +76,22 @@ def make_batches(
         raise ValueError(f"slots is {slots}, expected a part of the global batch, {everything}")
     sources = tuple(open_source(source) for source in config.sources) if sources is None else tuple(sources)
     streams = make_streams(config, sources, tokenizer, teacher_tokenizer, caches)
-    return Batches(_Plan(config, sources, streams, slots))
+    plan = _Plan(config, sources, streams, slots)
+    return Batches(dataclasses.replace(plan, shared=_agreed(plan)))
+
+
+def _agreed(plan: "_Plan") -> bool:
+    """Refuses processes that read other data than process 0; tells whether another one makes the same rows as this."""
+    fingerprints = plan.identity["fingerprints"]
+    mine = [zlib.crc32(json.dumps(part, sort_keys=True).encode()) for part in (*fingerprints, plan.identity)]
+    slots = zlib.crc32(json.dumps(plan.slots).encode())
+    everyone = agreement.gather([mine, slots])
+    names = [*(source.path for source in plan.sources), "the config's weights, or the sizes of images"]
+    for number, (theirs, _) in enumerate(everyone):
+        for name, first, other in zip(names, everyone[0][0], theirs, strict=True):
+            if first != other:
+                raise DataChanged(f"{name}: not the same in process {number} and in process 0; give all hosts the same")
+    return [other for _, other in everyone].count(slots) > 1
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -100,7 +120,7 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 class DataChanged(ValueError):
-    """A saved state of the pipeline is not of this configuration and these files."""
+    """A saved state of the pipeline, or another process, is not of this configuration and these files."""
 
     final = True  # see `cli.run`
 
@@ -113,7 +133,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
 
         target             uint8 [B, H, W, 3]
         references         uint8 [B, N, H, W, 3]   absent if N is 0
-        reference_mask     bool  [B, N]            absent if N is 0; False where the reference is zeros
+        reference_mask     bool  [B, N]            absent if every row has N; False where the reference is zeros
         caption_ids        int32 [B, T]            of an answer: the question, then the answer
         caption_loss_mask  bool  [B, T]            False on a question
         instruction_ids    int32 [B, T]            without an instruction: caption_ids, less its prompt
@@ -236,10 +256,12 @@ class _Plan:
     sources: tuple[Source, ...]
     streams: tuple[Stream, ...]
     slots: tuple[int, ...]
+    shared: bool = False  # whether another process makes the same rows
 
     def weights(self) -> list[float]:
         return [stream.weight for stream in self.streams]
 
+    @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """What a state and the pipeline that takes it up must have in common."""
         return {
@@ -248,7 +270,7 @@ class _Plan:
             "global_batch": self.config.global_batch,
             "weights": [source.weight for source in self.config.sources],
             "fingerprints": [source.fingerprint() for source in self.sources],
-            "buckets": [[stream.source, len(stream.rows)] for stream in self.streams],
+            "buckets": [[stream.source, len(stream.rows), _checksum(stream.rows)] for stream in self.streams],
         }
 
     def initial_state(self) -> dict[str, Any]:
@@ -256,7 +278,7 @@ class _Plan:
 
     def state(self, drawn: list[int], reports: Sequence[Report]) -> dict[str, Any]:
         progress = {"drawn": list(drawn), "reports": [report.state() for report in reports]}
-        return self.identity() | {"slots": list(self.slots)} | progress
+        return self.identity | {"slots": list(self.slots)} | progress
 
     def take_up(self, state: dict[str, Any]) -> dict[str, Any]:
         """This host's state, from that of the whole pipeline."""
@@ -276,7 +298,7 @@ class _Plan:
         return reports
 
     def check(self, state: dict[str, Any]) -> None:
-        for key, here in self.identity().items():
+        for key, here in self.identity.items():
             if state.get(key) != here:
                 raise DataChanged(
                     f"the data state was saved with {key} = {state.get(key)!r}, this pipeline has {here!r}: it "
@@ -302,9 +324,14 @@ class _Plan:
             self.chunks(),
             config.global_batch,
             config.refused_share,
+            self.shared,
         )
         start = sum(drawn) * len(self.chunks())
         return read_ahead(grain.MapDataset.range(start, sys.maxsize).map(read), config)
+
+
+def _checksum(rows: Sequence[int]) -> int:
+    return 0 if isinstance(rows, range) else zlib.crc32(np.asarray(rows, "<i8").tobytes())
 
 
 def _assemble(plan: _Plan, state: dict[str, Any], out: queue.Queue, stop: threading.Event) -> None:

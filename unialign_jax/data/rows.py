@@ -57,6 +57,11 @@ def parse_row(line: bytes, task: str | None, find: Find) -> Sample:
     if task == "answer":
         return Sample(task, target, question=_text(row, "question"), answer=_text(row, "answer"))
     caption = _turn_text(_turns(row), 0)
+    if "<image>" in caption:  # published rows have it in the second turn, which is not read
+        raise Refused(
+            Cause.TURNS_OUT_OF_ORDER,
+            f"'conversations'[0] shows the image, {caption[:80]!r} is no caption; expected format=conversations",
+        )
     return Sample(task, target, caption=caption, instruction=caption)
 
 

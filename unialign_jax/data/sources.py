@@ -93,6 +93,12 @@ class SourceConfig:
                 "each, and one above 0"
             )
 
+    @property
+    def masks_references(self) -> bool:
+        """Whether a row may have fewer references than there is room for. Attention without a mask is faster."""
+        always_one = ("edit", "perceive", "compose")  # at least; and no more than the room
+        return self.references > 1 or (self.references == 1 and self.task not in always_one)
+
 
 def open_source(config: SourceConfig) -> Source:
     """The source that a config describes.

@@ -15,7 +15,7 @@ from unialign_jax.data.buckets import agreed_sizes, divide
 from unialign_jax.data.caches import Caches
 from unialign_jax.data.config import DataConfig
 from unialign_jax.data.report import CorpusError
-from unialign_jax.data.samples import Refused
+from unialign_jax.data.samples import Cause, Refused
 from unialign_jax.data.schedule import Schedule
 from unialign_jax.data.sources import Source
 from unialign_jax.data.tokenizer import PlainTokenizer, Tokenizer
@@ -100,6 +100,7 @@ def make_streams(
                 height=size[0],
                 width=size[1],
                 references=source_config.references,
+                masks_references=source_config.masks_references,
                 tokenizer=tokenizer,
                 text_length=config.text_length,
                 caption_prompt=config.caption_prompt,
@@ -154,6 +155,7 @@ class ReadChunk:
     chunks: tuple[tuple[int, ...], ...]
     global_batch: int
     refused_share: float
+    shared: bool
 
     def __call__(self, index: int) -> dict[str, Any]:
         """`index`; `refusals`, slot -> (row, place, cause, detail); and arrays `[chunk, ...]`, see `arrays`."""
@@ -175,6 +177,11 @@ class ReadChunk:
         try:
             return _prepared(stream, source, row), None
         except Refused as refused:
+            if self.shared and refused.cause == Cause.UNREADABLE_IMAGE:
+                raise CorpusError(
+                    f"{source.path}, {source.place(row)}: {refused.detail}. Another process makes the same row and may "
+                    "be able to read it: both must train on the same. See to the file or the network, and start again"
+                ) from refused
             refusal = (row, source.place(row), str(refused.cause), refused.detail)
         for stand_in in stream.stand_ins(position, _attempts(self.refused_share)):
             try:

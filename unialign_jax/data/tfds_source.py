@@ -70,7 +70,9 @@ class TfdsSource:
             raise CorpusError(f"{self.path}: expected examples, found none")
         files = found.dataset_info.splits[split].file_instructions
         self._records = Shards(files)
-        self._shards = zlib.crc32(repr([(epath.Path(f.filename).name, f.skip, f.take) for f in files]).encode())
+        # Also how many bytes: of a data set that was built anew, names and numbers may be the same.
+        shards = [(epath.Path(f.filename).name, f.skip, f.take) for f in files], int(info.dataset_size)
+        self._shards = zlib.crc32(repr(shards).encode())
         self._parser = example_parser.ExampleParserNp(info.features.get_serialized_info())
         self._fields = dict(fields) if fields else {name: name for name in FEATURES if name in info.features}
         self._labels = {}

@@ -17,6 +17,7 @@ import tqdm
 from etils import epath
 
 from unialign_jax import storage
+from unialign_jax.data.jsonl import sizes_path
 from unialign_jax.data.report import CorpusError
 from unialign_jax.data.rows import is_row, parse_row
 from unialign_jax.data.samples import TASKS, Cause, Refused, Sample
@@ -41,7 +42,7 @@ class TarSource:
         if task is not None and task not in TASKS:
             raise ValueError(f"{path}: no task {task!r}; the tasks are {', '.join(TASKS)}")
         self.path = str(path)
-        self.sizes_path = f"{path}.sizes.npz"
+        self.sizes_path = sizes_path(path, task)
         self._task = task
         root = epath.Path(path)
         self._tars = sorted(root.glob("*.tar")) if root.is_dir() else [root]

@@ -67,10 +67,9 @@ def run(
     *,
     subset: str = "test",
     counts: Sequence[int] = (1, 2),
-    seed: int = SEED,
     protocol: Protocol = PROTOCOL,
 ) -> list[Output]:
-    """Has the model do a task on held-out scenes and checks what it makes.
+    """Has the model do a task on held-out scenes and checks what it makes; it draws with an example's number as seed.
 
     Args:
       pipeline: the model; images are of its size, which must be square and at least 32 pixels.
@@ -78,7 +77,6 @@ def run(
       count: number of examples.
       subset: one of `data.scenes.SETS`.
       counts: numbers of things in the scenes.
-      seed: of the examples; the model draws with the example's number as seed.
       protocol: steps and guidance.
 
     Raises:
@@ -87,7 +85,7 @@ def run(
     height, width = pipeline.size
     if height != width or height < verify.SIDE:
         raise ValueError(f"the model's images are {height}x{width}; scenes are square, of {verify.SIDE} pixels or more")
-    examples = [scenes.draw(task, i, seed=seed, subset=subset, counts=counts) for i in range(count)]
+    examples = [scenes.draw(task, i, seed=SEED, subset=subset, counts=counts) for i in range(count)]
     made = _make(pipeline, task, examples, height, {"protocol": protocol, "seed": 0})
     outputs = []
     for example, result in zip(examples, made, strict=True):

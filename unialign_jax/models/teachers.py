@@ -10,10 +10,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from unialign_jax import parallel
 from unialign_jax.models.layers import mean_tokens
-from unialign_jax.models.qwen_vision import QwenVisionConfig, QwenVisionTower, extract_patches
+from unialign_jax.models.qwen_vision import QwenVisionConfig, QwenVisionTower, extract_patches, resized_size
 
 Params = Any  # a tree of arrays
+# Of attention weights that a device holds at a time: 20 images of 512 x 512 pixels, one of 1024 x 1024.
+_WEIGHTS_BYTES = 2 << 30
 
 
 class Teacher(Protocol):
@@ -90,8 +93,14 @@ class QwenTeacher:
         Raises:
           ValueError: for an aspect ratio above 200.
         """
-        patches = extract_patches(self.config, images)
-        return mean_tokens(self._tower.apply({"params": params["vision"]}, patches))
+        config = self.config
+        height, width = resized_size(config, *images.shape[1:3])
+        weights = 4 * config.num_heads * (height * width // config.patch_size**2) ** 2
+
+        def vectors(images: jax.Array) -> jax.Array:
+            return mean_tokens(self._tower.apply({"params": params["vision"]}, extract_patches(config, images)))
+
+        return parallel.in_parts(vectors, images, max(_WEIGHTS_BYTES // weights, 1))
 
     def text_vectors(self, params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
         """Mean of the input embeddings of each caption: int32, bool `[B, T]` -> float32 `[B, dim]`.

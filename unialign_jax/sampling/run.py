@@ -401,7 +401,10 @@ def write_grid(output: PngFiles, directory: epath.Path, count: int) -> None:
     paths = [path for path in map(output.path, range(count)) if path.exists()]
     if not paths:
         return
-    images = [np.asarray(Image.open(path.open("rb"))) for path in paths]
+    images = []
+    for path in paths:
+        with path.open("rb") as file:
+            images.append(np.asarray(Image.open(file)))
     grid = image_grid(np.stack(images), columns=int(np.ceil(np.sqrt(len(images)))))
     with (directory / "grid.png").open("wb") as file:
         Image.fromarray(grid).save(file, "PNG")

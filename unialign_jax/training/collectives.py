@@ -126,6 +126,8 @@ def _groups(instruction: Instruction, devices: int) -> np.ndarray:
         return numbers.reshape(shape)
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](.*?)\s*\{([^}]*)\}", text):
         return _mesh_groups(*mesh.groups())
+    if "replica_groups=" in text and "replica_groups={}" not in text:
+        raise ValueError(f"{instruction.name}: its replica_groups are of no known form: {text[:200]}")
     return np.arange(devices)[None]  # no groups: all devices
 
 

@@ -32,7 +32,9 @@ class Array:
 
     @property
     def bytes(self) -> float:
-        return math.prod(self.dims) * _BYTES.get(self.dtype, 1 if self.dtype.startswith("f8") else 4)
+        if self.dtype not in _BYTES and not self.dtype.startswith("f8"):
+            raise ValueError(f"{self.dtype}{list(self.dims)}: how large its elements are is not known")
+        return math.prod(self.dims) * _BYTES.get(self.dtype, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +158,7 @@ class Module:
             instruction = self.computations[name][instruction.operands[0]]
         if instruction.opcode == "constant" and re.match(r"-?\d+$", instruction.text):
             return int(instruction.text)
-        return 0  # a counter that comes from elsewhere starts at nought in what JAX writes
+        raise ValueError(f"{operand} in {name}: a loop's counter starts at {instruction.opcode}, which is no number")
 
     def _stride(self, name: str, operand: str, index: int) -> int:
         """What one turn adds to the counter: the sum of the constants on the way from its old to its new value."""

@@ -95,7 +95,7 @@ def train(
             init = str(lineage.locate(start)) if start else None
         else:
             saved = checkpoints.meta(resume_step)
-            changed = _check_config(saved["config"], saved_as, run)
+            changed = _check_config(saved, saved_as, run)
             if resume_step != run.resume_step is not None:
                 say(
                     f"resume_step={run.resume_step} was gone back to before; this goes on from step {latest}, saved "
@@ -117,6 +117,8 @@ def train(
         tokenizer = _make_tokenizer(run, init, directory / "tokenizer", resuming=resume_step is not None)
         teacher_tokenizer = tokenizers.of_teacher(run, networks, tokenizer, init)
         _check_vocabulary(networks, tokenizer)
+        if run.tuning.lora.rank and init:
+            pretrained.warn_of_drawn(epath.Path(init))
 
         # The data: endless batches, each of one source. Every process makes the rows that its devices hold.
         batches = make_batches(
@@ -303,8 +305,10 @@ def _first_batch(run: RunConfig, tokenizer: Tokenizer, sources: Sequence[Source]
 
 
 def _check_config(saved: dict[str, Any], current: dict[str, Any], run: RunConfig) -> dict[str, tuple]:
-    """What has changed since, as allowed; raises `ConfigChanged` where it is not."""
-    changed = saved_config.check_unchanged(saved, current, run.allow_changed)
+    """What of a checkpoint's config has changed since, as allowed; raises `ConfigChanged` where it is not."""
+    for name, versions in saved_config.differences(saved["versions"], saved_config.library_versions()).items():
+        logging.warning("%s was %s and is now %s: draws and rounding may be others than before", name, *versions)
+    changed = saved_config.check_unchanged(saved["config"], current, run.allow_changed)
     for key, (old, new) in changed.items():
         logging.warning("config key %s was %r and is now %r, as allowed", key, old, new)
     return changed

@@ -317,6 +317,7 @@ class _Read:
             arrays["target"] = image
             if prepare.references:
                 arrays["references"] = np.stack([image] * prepare.references)
+            if prepare.masks_references:
                 arrays["reference_mask"] = np.zeros(prepare.references, bool)
         return arrays
 

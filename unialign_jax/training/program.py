@@ -102,12 +102,13 @@ class Program:
         """
         data, cached = self.run.data, self.run.cached
         size = size or (data.height, data.width)
-        if (source.references, size) in self._batches:  # asked for at every step
-            return self._batches[source.references, size]
+        bucket = (source.references, source.masks_references, size)
+        if bucket in self._batches:  # asked for at every step
+            return self._batches[bucket]
         text, pixels = (data.text_length,), (*size, 3)
         whole = {}
         shapes = {"caption_ids": (text, jnp.int32), "caption_loss_mask": (text, jnp.bool_)}
-        if source.references:
+        if source.masks_references:
             shapes["reference_mask"] = ((source.references,), jnp.bool_)
         if "latents" in cached:
             shapes["moments"] = ((1 + source.references, *self._moments(pixels)), jnp.float32)
@@ -128,14 +129,14 @@ class Program:
             shapes["teacher_ids"] = ((data.teacher_length,), jnp.int32)
             shapes["teacher_mask"] = ((data.teacher_length,), jnp.bool_)
         split = parallel.batch_sharding(self.mesh)
-        self._batches[source.references, size] = Batch(
+        self._batches[bucket] = Batch(
             **{name: self._whole(jax.ShapeDtypeStruct(*leaf)) for name, leaf in whole.items()},
             **{
                 name: jax.ShapeDtypeStruct((data.global_batch, *shape), dtype, sharding=split)
                 for name, (shape, dtype) in shapes.items()
             },
         )
-        return self._batches[source.references, size]
+        return self._batches[bucket]
 
     def _moments(self, pixels: tuple[int, int, int]) -> tuple[int, int, int]:
         """`[h, w, M]` of the codec's moments of an image."""

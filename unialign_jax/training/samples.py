@@ -44,8 +44,11 @@ def sample_grid(
     # Training drops the condition by replacing it with " ", so this is the negative prompt that any model knows.
     options = {"steps": settings.sample_steps, "guidance": settings.guidance, "negative_prompt": " "}
     columns = [batch["target"]]
-    if "references" in batch and batch["reference_mask"].any():
-        pairs = zip(batch["references"], batch["reference_mask"], strict=True)
+    present = None
+    if "references" in batch:
+        present = batch.get("reference_mask", np.ones(batch["references"].shape[:2], bool))
+    if present is not None and present.any():
+        pairs = zip(batch["references"], present, strict=True)
         made = pipeline.compose([list(images[there])[:MAX_REFERENCES] for images, there in pairs], prompts, **options)
         columns = [*batch["references"].swapaxes(0, 1), *columns]
     else:

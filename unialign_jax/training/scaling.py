@@ -10,6 +10,7 @@ from typing import Any
 import ml_collections
 from etils import epath
 
+from unialign_jax import storage
 from unialign_jax.training import run_config
 
 CONFIG = "configs/sd3_medium.py"
@@ -106,7 +107,7 @@ def write(verdict: dict[str, Any], path: epath.PathLike) -> None:
     """Writes a verdict as JSON; directories are made."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(verdict, indent=1) + "\n")
+    storage.write_whole(path, (json.dumps(verdict, indent=1) + "\n").encode())
 
 
 def summary(verdict: dict[str, Any]) -> str:
@@ -179,7 +180,8 @@ def _write_table(path: epath.Path, files: Iterable[epath.Path]) -> None:
     if MARKER not in text:
         raise ValueError(f"{path}: expected the line {MARKER!r}, below which the table goes")
     rows = [_row(json.loads(file.read_text())) for file in files if file.exists()]
-    path.write_text(text[: text.index(MARKER)] + MARKER + "\n\n" + "\n".join([_HEAD, *rows]) + "\n")
+    table = "\n".join([_HEAD, *rows])
+    storage.write_whole(path, f"{text[: text.index(MARKER)]}{MARKER}\n\n{table}\n".encode())
 
 
 _COLUMNS = (

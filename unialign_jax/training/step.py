@@ -2,18 +2,21 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from unialign_jax import tuning
-from unialign_jax.batch import Batch, sample_draws
+from unialign_jax.batch import Batch, Draws, Features, sample_draws
 from unialign_jax.networks import Networks, Params
 from unialign_jax.objectives import Objective
 from unialign_jax.state import OptimizerConfig, TrainState, apply_gradients, learning_rate
 
 Metrics = dict[str, jax.Array]
+ENCODERS = {"autoencoder", "text_encoder", "teacher"}
+_TEXTS = 32  # that a frozen text encoder reads at a time, on each device
 
 
 def make_train_step(
@@ -37,28 +40,35 @@ def make_train_step(
     scalars.
     """
 
-    def loss(params: Params, frozen: Params, batch: Batch, draws):
+    def encode(
+        params: Params, batch: Batch, draws: Draws, most: int | None = None
+    ) -> tuple[Features, jax.Array | None]:
+        features = networks.encode(params, batch, draws.posterior)
+        return features, networks.encode_texts(params, objective.texts(batch, draws), most)
+
+    def loss(params: Params, frozen: Params, data: Batch | Features, states: jax.Array | None, draws: Draws):
         everything = merge(frozen, params)
-        features = networks.encode(everything, batch, draws.posterior)
-        return objective(
-            functools.partial(networks.denoise, everything),
-            functools.partial(networks.encode_text, everything),
-            features,
-            draws,
-        )
+        if isinstance(data, Batch):  # its encoders are trained
+            data, states = encode(everything, data, draws)
+        return objective(functools.partial(networks.denoise, everything), states, data, draws)
 
     gradient = jax.value_and_grad(loss, has_aux=True)
 
     def train_step(state: TrainState, frozen: Params, batch: Batch, key: jax.Array):
         draws = sample_draws(jax.random.fold_in(key, state.step), batch, networks.latent_shape_of(batch))
+        data, states = batch, None
+        if not ENCODERS & state.params.keys():
+            # Once for all micro-batches: on a mesh an encoder's parameters are gathered for each call.
+            data, states = encode(frozen, batch, draws, _TEXTS)
         if micro_batches == 1:
-            (total, terms), grads = gradient(state.params, frozen, batch, draws)
+            (total, terms), grads = gradient(state.params, frozen, data, states, draws)
         else:
             null = {"null_ids": batch.null_ids, "null_states": batch.null_states}  # these have no batch axis
-            parts = _split(batch.replace(null_ids=None, null_states=None), draws, micro_batches)
+            parts = _split((data.replace(null_ids=None, null_states=None), states, draws), micro_batches)
 
             def part_gradient(part):
-                return gradient(state.params, frozen, part[0].replace(**null), part[1])
+                data, states, draws = part
+                return gradient(state.params, frozen, data.replace(**null), states, draws)
 
             def add(sums, part):
                 return jax.tree.map(jnp.add, sums, part_gradient(part)), None
@@ -78,12 +88,12 @@ def make_train_step(
     return train_step
 
 
-def _split(batch: Batch, draws, parts: int):
-    """`(batch, draws)` with a leading axis of `parts`.
+def _split(arrays: Any, parts: int) -> Any:
+    """A tree of arrays `[B, ...]` as `[parts, B / parts, ...]`.
 
     Part k holds every `parts`-th sample from k on, so that all devices have their share of each.
     """
-    size = batch.caption_ids.shape[0]
+    size = len(jax.tree.leaves(arrays)[0])
     if size % parts:
         raise ValueError(f"a batch of {size} cannot be split in {parts} equal micro-batches; change one of them")
-    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(size // parts, parts, *x.shape[1:]), 0, 1), (batch, draws))
+    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(size // parts, parts, *x.shape[1:]), 0, 1), arrays)

@@ -70,17 +70,17 @@ def of_teacher(run: RunConfig, networks: Networks, tokenizer: Tokenizer, init: s
       None without a teacher.
 
     Raises:
-      FileNotFoundError: there is none, and the text encoder's has other ids than the teacher.
+      FileNotFoundError: there is none where one is named; there is none at all, and the text encoder's has other ids
+        than the teacher.
     """
     if networks.teacher is None:
         return None
-    if run.teacher_tokenizer:
-        return PlainTokenizer.load(storage.absolute(run.teacher_tokenizer))
-    start = lineage.converted_start(epath.Path(init) if init else None)
-    if start is not None and (start / store.TEACHER_TOKENIZER).is_dir():
-        return PlainTokenizer.load(start / store.TEACHER_TOKENIZER)
+    start = epath.Path(init) if init else None
+    if directory := lineage.teacher_tokenizer_directory(run.teacher_tokenizer, start):
+        return PlainTokenizer.load(directory)
     sizes = networks.teacher.vocab_size, networks.text_encoder.config.vocab_size
     if sizes[0] != sizes[1]:
+        start = lineage.converted_start(start)
         raise FileNotFoundError(
             f"the teacher ({sizes[0]} ids) can't read the text encoder's ids ({sizes[1]}), and "
             + (f"{start} has no {store.TEACHER_TOKENIZER}" if start else "the run starts from no converted directory")

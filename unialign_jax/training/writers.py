@@ -36,15 +36,19 @@ class _RemoteFile:
         self._content.write(data)
 
     def flush(self) -> None:
-        if self._content.tell() == self._written:
-            return
-        path = f"{self._first}.{self._part:04d}"
         # An outage, whatever the client raises, must not end the run. Nothing is lost yet: the next flush writes all.
         try:
-            epath.Path(path).write_bytes(self._content.getvalue())
+            self._save()
         except Exception as error:
-            logging.warning("%s could not be written, will try again: %s", path, error)
+            logging.warning("%s could not be written, will try again: %s", self._path(), error)
+
+    def _path(self) -> str:
+        return f"{self._first}.{self._part:04d}"
+
+    def _save(self) -> None:
+        if self._content.tell() == self._written:
             return
+        epath.Path(self._path()).write_bytes(self._content.getvalue())
         self._written = self._content.tell()
         if self._written > _LARGE:
             self._part, self._content, self._written = self._part + 1, io.BytesIO(), 0
@@ -52,7 +56,7 @@ class _RemoteFile:
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            self.flush()
+            self._save()  # the last chance: what can't be written now is lost, and that is an error
 
 
 class _RemoteFiles:
@@ -70,7 +74,7 @@ record_writer.register_writer_factory("gs", _RemoteFiles)
 
 
 class SummaryWriter:
-    """clu's `MetricWriter` on tensorboardX's file format: scalars, images, texts, histograms, hyperparameters.
+    """Of clu's `MetricWriter` what a run writes, scalars, images and texts, on tensorboardX's file format.
 
     Not on tensorboardX's own writer: its queue is not emptied by a flush, so that a killed run would lose points.
 
@@ -89,9 +93,6 @@ class SummaryWriter:
     def _write(self, step: int, **content: Any) -> None:
         self._events.write_event(Event(wall_time=time.time(), step=step, **content))
 
-    def write_summaries(self, step: int, values: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> None:
-        raise NotImplementedError("raw summaries need TensorFlow; write scalars, images, texts or histograms")
-
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         for name, value in scalars.items():
             self._write(step, summary=summary.scalar(name, float(value)))
@@ -105,25 +106,9 @@ class SummaryWriter:
                 tag = f"{name}/{index}" if len(stack) > 1 else name
                 self._write(step, summary=summary.image(tag, image, dataformats="HWC"))
 
-    def write_videos(self, step: int, videos: Mapping[str, Any]) -> None:
-        raise NotImplementedError("videos are not written; write images")
-
-    def write_audios(self, step: int, audios: Mapping[str, Any], *, sample_rate: int) -> None:
-        raise NotImplementedError("audio is not written")
-
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
         for name, value in texts.items():
             self._write(step, summary=summary.text(name, value))
-
-    def write_histograms(
-        self, step: int, arrays: Mapping[str, Any], num_buckets: Mapping[str, int] | None = None
-    ) -> None:
-        for name, value in arrays.items():
-            bins = (num_buckets or {}).get(name) or "auto"
-            self._write(step, summary=summary.histogram(name, np.asarray(value), bins))
-
-    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-        self.write_texts(0, {"hparams": "\n".join(f"{key}: {value}  " for key, value in hparams.items())})
 
     def flush(self) -> None:
         """All that was written is where it stays when this returns."""

@@ -117,6 +117,14 @@ def test_maps():
     assert not images["pose"][24 * 3, 8 * 3].any()
 
 
+def test_in_maps_too_the_nearer_thing_hides_the_farther():
+    """Two large squares, across from 2.5 to 13.5 of 32 and from 10.5 to 21.5: where both are, the nearer is seen."""
+    scene = Scene((Thing("square", "red", "large", "top left"), Thing("square", "blue", "large", "top")), "grey")
+    assert rendering.owners(scene, 32)[8].tolist() == 3 * [0] + 8 * [1] + 10 * [2] + 11 * [0]
+    assert rendering.render_map(scene, "depth", 32)[8, :, 0].tolist() == 3 * [0] + 8 * [95] + 10 * [115] + 11 * [0]
+    assert rendering.render_map(scene, "edges", 32)[8, :, 0].nonzero()[0].tolist() == [2, 10, 20]
+
+
 def test_a_picture_is_a_pure_function_of_the_scene():
     scene = draw_scene(np.random.default_rng(3), counts=(4,))
     first = rendering.render(scene, 32)

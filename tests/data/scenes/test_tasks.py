@@ -34,19 +34,24 @@ def test_examples_are_the_same_in_any_process_and_order():
     assert len(scenes) == len(TASKS) * len(tasks.SETS)  # nothing shares its random numbers
 
 
+def texts_of(example):
+    """All that a model reads or writes."""
+    return filter(None, (example.caption, example.instruction, f"{example.question} {example.answer}".strip()))
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_training_never_sees_what_is_held_out(task):
     trained = examples(task, 300)
     pictures = [picture for example in trained for picture in (example.target, *example.references)]
     assert {split_of(picture.scene) for picture in pictures if picture.scene.things} == {"train"}
-    texts = {text for example in trained for text in tasks.texts(example)}
+    texts = {text for example in trained for text in texts_of(example)}
     assert max(map(templates.length, texts)) <= language.LONGEST
     for subset in tasks.SETS[1:]:
         held = examples(task, 60, subset=subset)
         assert {split_of(example.target.scene) for example in held} == {"test" if subset == "wordings" else subset}
         assert not {example.target.scene.spoken() for example in held} & {p.scene.spoken() for p in pictures}
         if subset == "wordings":
-            assert not {text for example in held for text in tasks.texts(example)} & texts - {
+            assert not {text for example in held for text in texts_of(example)} & texts - {
                 example.caption for example in held if task == "perceive"
             }
 
@@ -137,7 +142,7 @@ def test_what_cant_be_drawn():
 
 
 def test_a_small_vocabulary_holds_the_language():
-    texts = [text for task in TASKS for example in examples(task, 500) for text in tasks.texts(example)]
+    texts = [text for task in TASKS for example in examples(task, 500) for text in texts_of(example)]
     words = {word for text in texts for word in templates.split(text)}
     assert len(words) < 90
     learned = Tokenizer.learn(texts, 256)

@@ -135,17 +135,6 @@ def test_what_counts_as_exact():
     assert verify.answer_right(" Yes. ", "yes") and not verify.answer_right("yes no", "yes")
 
 
-def test_partial_agreement():
-    scene = Scene((RED, BLUE), "grey")
-    assert set(verify.agreement(scene, scene).values()) == {1.0}
-    assert set(verify.agreement(Unread("?"), scene).values()) == {0.0}
-    other = Scene((dataclasses.replace(RED, colour="pink"), Thing("star", "cyan", "large", "top")), "white")
-    assert verify.agreement(other, scene) == {
-        "background": 0, "count": 1, "place": pytest.approx(1 / 3),
-        "shape": 0.5, "colour": 0, "size": 0.5, "direction": 0.5,
-    }  # fmt: skip
-
-
 def test_scores_of_maps():
     for scene in scenes(20):
         maps = {kind: rendering.render_map(scene, kind, 32) for kind in rendering.MAPS}

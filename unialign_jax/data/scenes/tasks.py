@@ -238,8 +238,3 @@ _DRAW = {
     "compose": _composed,
     "answer": _asked,
 }
-
-
-def texts(example: Example) -> tuple[str, ...]:
-    """The texts of an example that a model reads or writes, for learning a tokenizer."""
-    return tuple(filter(None, (example.caption, example.instruction, f"{example.question} {example.answer}".strip())))

@@ -95,27 +95,6 @@ def answer_right(text: str, truth: str) -> bool:
     return text.strip().rstrip(".").strip().lower() == truth
 
 
-def agreement(read: Scene | Unread, truth: Scene) -> dict[str, float]:
-    """How much is right where not all is: shares in [0, 1], for following training.
-
-    background, count: 1 or 0. place: intersection over union of the occupied places. shape, colour, size, direction: of
-    the truth's things, those with that attribute at their place. An `Unread` has 0 everywhere.
-    """
-    attributes = ("shape", "colour", "size", "direction")
-    if isinstance(read, Unread):
-        return dict.fromkeys(("background", "count", "place", *attributes), 0.0)
-    found, wanted = ({thing.place: thing for thing in scene.things} for scene in (read, truth))
-    scores = {
-        "background": float(read.background == truth.background),
-        "count": float(len(found) == len(wanted)),
-        "place": len(found.keys() & wanted.keys()) / max(1, len(found.keys() | wanted.keys())),
-    }
-    for name in attributes:
-        right = [p in found and getattr(found[p], name) == getattr(thing, name) for p, thing in wanted.items()]
-        scores[name] = sum(right) / max(1, len(right))
-    return scores
-
-
 def segmentation_iou(image: np.ndarray, truth: Scene) -> float:
     """Mean intersection over union of a segmentation map's classes, in [0, 1].
 
