@@ -10,6 +10,11 @@ def test_full_at():
     assert [sample.full_at(rows[:n]) for n in range(1, 5)] == [None, None, None, 4]
 
 
+def test_a_batch_of_the_published_steps_costs_its_first_and_49_more(monkeypatch):
+    monkeypatch.setattr(sample, "_STEPS", 5)
+    assert sample.published_seconds(one=1.5, many=3.5) == 1.5 + 49 * 0.5
+
+
 def test_report(tmp_path, monkeypatch):
     for name, value in {"_LARGEST": 2, "_ROUNDS": 1, "_STEPS": 2}.items():
         monkeypatch.setattr(sample, name, value)

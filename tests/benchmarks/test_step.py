@@ -26,6 +26,12 @@ def test_report(tmp_path, monkeypatch):
     assert 0 < one["mfu"] < 1
 
 
+def test_utilization_is_of_all_devices():
+    """An H100 does 989 TFLOP/s in bfloat16 (its data sheet), two twice that."""
+    assert step.utilization(989e12, 2.0, 2, "NVIDIA H100 80GB HBM3") == pytest.approx(0.25, rel=1e-3)
+    assert step.utilization(1e12, 1.0, 1, "a new one") is None
+
+
 def test_the_published_step_is_that_of_the_config():
     """Same program, so that what is measured is what is trained."""
     file = pathlib.Path(__file__).parents[2] / "configs" / "sd3_medium.py"

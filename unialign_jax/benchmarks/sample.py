@@ -66,6 +66,11 @@ def full_at(rows: list[dict[str, Any]]) -> int | None:
     return rows[-2]["batch"]
 
 
+def published_seconds(one: float, many: float) -> float:
+    """Seconds of a batch at the published number of steps, from those of one step and of `_STEPS`."""
+    return one + (many - one) * (_PUBLISHED_STEPS - 1) / (_STEPS - 1)
+
+
 def _pipeline(mesh: jax.sharding.Mesh, shipped: bool) -> UniAlignPipeline:
     most = _LARGEST * mesh.size
     if shipped:
@@ -96,8 +101,7 @@ def _measure(pipeline: UniAlignPipeline, batch: int) -> dict[str, Any]:
     # The difference is what steps cost; what is left is encoders and hand-over, once a batch.
     one = statistics.median(seconds(1) for _ in range(_ROUNDS))
     many = statistics.median(seconds(_STEPS) for _ in range(_ROUNDS))
-    step = (many - one) / (_STEPS - 1)
-    whole = one + (_PUBLISHED_STEPS - 1) * step
+    whole = published_seconds(one, many)
     return {
         "batch": batch,
         "seconds": round(whole, 4),

@@ -89,17 +89,21 @@ def _measure(mesh: jax.sharding.Mesh, batch: int, small: bool) -> dict[str, Any]
         state, each = seconds(state, _STEPS)
         times.append(each)
     each = statistics.median(times)
-    kind = jax.devices()[0].device_kind
-    peak = next((peak for name, peak in _PEAKS.items() if name in kind), None)
     needed = program.model_flops(source) + program.frozen_flops(source)
     return {
         "batch": batch,
         "step_seconds": round(each, 4),
         "images_per_second": round(batch / each, 3),
-        "mfu": None if peak is None else round(needed / (each * mesh.size * peak), 4),
+        "mfu": utilization(needed, each, mesh.size, jax.devices()[0].device_kind),
         "peak_gib": round(_peak_bytes(step) / 2**30, 3),
         "attention": _attention(step.as_text()),
     }
+
+
+def utilization(flops: float, seconds: float, devices: int, kind: str) -> float | None:
+    """Share of the devices' peak that so many FLOPs in so many seconds are; None for a kind of unknown peak."""
+    peak = next((peak for name, peak in _PEAKS.items() if name in kind), None)
+    return None if peak is None else round(flops / (seconds * devices * peak), 4)
 
 
 def _constant(leaf: jax.ShapeDtypeStruct) -> jax.Array:

@@ -83,35 +83,7 @@ def train(
             )
         )
         saved_as = saved_config.as_json(config)
-        latest = checkpoints.latest_step()
-        resume_step = latest if goes_on_from_latest(run, checkpoints, latest) else run.resume_step
-        # Exactly where it started, however far that run has gone on: what is not trained comes from there each time.
-        if resume_step is None:
-            start = start if run.init is None else run.init
-            if start is None and run.after is not None:
-                raise run_config.ConfigError(
-                    f"stage {run.stage!r} goes on from {run.after!r}; say where that is, or set init"
-                )
-            init = str(lineage.locate(start)) if start else None
-        else:
-            saved = checkpoints.meta(resume_step)
-            changed = _check_config(saved, saved_as, run)
-            if resume_step != run.resume_step is not None:
-                say(
-                    f"resume_step={run.resume_step} was gone back to before; this goes on from step {latest}, saved "
-                    f"since. To go back again, move the later steps out of {checkpoints.directory}"
-                )
-            if "init" in changed and run.init is not None:
-                init = lineage.moved_start(saved, run.init)
-            else:
-                lineage.check_start(saved, directory)
-                init = lineage.start_of(saved, directory)
-                if init is not None and not epath.Path(init).exists():
-                    logging.warning(
-                        "%s, from which this run started, is gone: if it is needed, set init to where it is now, with "
-                        "allow_changed=init",
-                        init,
-                    )
+        resume_step, saved, init = _beginning(run, checkpoints, saved_as, start, say)
 
         # Text becomes ids. The tokenizer is part of the run: samplers of its checkpoints read it from the directory.
         tokenizer = _make_tokenizer(run, init, directory / "tokenizer", resuming=resume_step is not None)
@@ -254,6 +226,46 @@ def train(
         else:
             say(f"done at step {step}; checkpoints are in {checkpoints.directory}")
     return state
+
+
+def _beginning(
+    run: RunConfig,
+    checkpoints: Checkpoints,
+    config: dict[str, Any],
+    start: epath.PathLike | None,
+    say: Callable[[str], None],
+) -> tuple[int | None, dict[str, Any] | None, str | None]:
+    """The step to resume at and its record, None for a new run; and where the run started, None from nothing.
+
+    What is not trained comes from that start each time, exactly from the step it was, however far that run has gone on.
+    """
+    directory, latest = checkpoints.directory.parent, checkpoints.latest_step()
+    resume_step = latest if goes_on_from_latest(run, checkpoints, latest) else run.resume_step
+    if resume_step is None:
+        start = start if run.init is None else run.init
+        if start is None and run.after is not None:
+            raise run_config.ConfigError(
+                f"stage {run.stage!r} goes on from {run.after!r}; say where that is, or set init"
+            )
+        return None, None, str(lineage.locate(start)) if start else None
+    saved = checkpoints.meta(resume_step)
+    changed = _check_config(saved, config, run)
+    if resume_step != run.resume_step is not None:
+        say(
+            f"resume_step={run.resume_step} was gone back to before; this goes on from step {latest}, saved since. To "
+            f"go back again, move the later steps out of {checkpoints.directory}"
+        )
+    if "init" in changed and run.init is not None:
+        return resume_step, saved, lineage.moved_start(saved, run.init)
+    lineage.check_start(saved, directory)
+    init = lineage.start_of(saved, directory)
+    if init is not None and not epath.Path(init).exists():
+        logging.warning(
+            "%s, from which this run started, is gone: if it is needed, set init to where it is now, with "
+            "allow_changed=init",
+            init,
+        )
+    return resume_step, saved, init
 
 
 def goes_on_from_latest(run: RunConfig, checkpoints: Checkpoints, latest: int | None) -> bool:
