@@ -17,6 +17,7 @@ TEST = [
     "pytest>=8",
     "pytest-xdist>=3.6",
     "ruff>=0.12",
+    "safetensors>=0.5",
     "torch==2.13.0",
     "transformers>=4.55",
 ]

@@ -1,6 +1,6 @@
 """Where models are and what they came from: what a directory stands for, and what runs recorded of their starts."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -152,11 +152,21 @@ def converted_start(path: epath.Path | None) -> epath.Path | None:
     Raises:
       FileNotFoundError: one of the starts is gone.
     """
-    while path is not None and not store.is_converted(path := locate(path)):
+    return next((place for place, meta in _lineage(path) if meta is None), None)
+
+
+def _lineage(path: epath.Path | None) -> Iterator[tuple[epath.Path, dict[str, Any] | None]]:
+    """A checkpoint, what its run started from, and so on: its place and its record, None of a converted directory."""
+    while path is not None:
+        path = locate(path)
+        if store.is_converted(path):
+            yield path, None
+            return
         with Checkpoints(path.parent, read_only=True) as checkpoints:
-            start = start_of(checkpoints.meta(int(path.name)), path.parent.parent)
+            meta = checkpoints.meta(int(path.name))
+        yield path, meta
+        start = start_of(meta, path.parent.parent)
         path = epath.Path(start) if start else None
-    return path
 
 
 def drawn_of(path: epath.Path | None) -> list[str]:
@@ -168,14 +178,12 @@ def drawn_of(path: epath.Path | None) -> list[str]:
     Raises:
       FileNotFoundError: a start on the way to the converted directory is gone.
     """
-    while path is not None and not store.is_converted(path := locate(path)):
-        with Checkpoints(path.parent, read_only=True) as checkpoints:
-            meta = checkpoints.meta(int(path.name))
+    for place, meta in _lineage(path):
+        if meta is None:
+            return store.read_config(place).get("drawn", [])
         if not meta["config"].get("lora", {}).get("rank"):
-            return []  # trained since
-        start = start_of(meta, path.parent.parent)
-        path = epath.Path(start) if start else None
-    return [] if path is None else store.read_config(path).get("drawn", [])
+            break  # trained since
+    return []
 
 
 def teacher_tokenizer_directory(named: str | None, start: epath.Path | None) -> epath.Path | None:

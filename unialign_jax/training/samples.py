@@ -44,13 +44,12 @@ def sample_grid(
     # Training drops the condition by replacing it with " ", so this is the negative prompt that any model knows.
     options = {"steps": settings.sample_steps, "guidance": settings.guidance, "negative_prompt": " "}
     columns = [batch["target"]]
-    present = None
-    if "references" in batch:
-        present = batch.get("reference_mask", np.ones(batch["references"].shape[:2], bool))
-    if present is not None and present.any():
-        pairs = zip(batch["references"], present, strict=True)
+    references = batch.get("references", np.zeros((count, 0, height, width, 3), np.uint8))
+    present = batch.get("reference_mask", np.ones(references.shape[:2], bool))
+    if present.any():
+        pairs = zip(references, present, strict=True)
         made = pipeline.compose([list(images[there])[:MAX_REFERENCES] for images, there in pairs], prompts, **options)
-        columns = [*batch["references"].swapaxes(0, 1), *columns]
+        columns = [*references.swapaxes(0, 1), *columns]
     else:
         made = pipeline.generate(prompts, **options)
     columns.append(np.stack([np.asarray(image) for image in made]))

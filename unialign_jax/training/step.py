@@ -15,7 +15,7 @@ from unialign_jax.objectives import Objective
 from unialign_jax.state import OptimizerConfig, TrainState, apply_gradients, learning_rate
 
 Metrics = dict[str, jax.Array]
-ENCODERS = {"autoencoder", "text_encoder", "teacher"}
+_ENCODERS = {"autoencoder", "text_encoder", "teacher"}
 _TEXTS = 32  # that a frozen text encoder reads at a time, on each device
 
 
@@ -57,7 +57,7 @@ def make_train_step(
     def train_step(state: TrainState, frozen: Params, batch: Batch, key: jax.Array):
         draws = sample_draws(jax.random.fold_in(key, state.step), batch, networks.latent_shape_of(batch))
         data, states = batch, None
-        if not ENCODERS & state.params.keys():
+        if not _ENCODERS & state.params.keys():
             # Once for all micro-batches: on a mesh an encoder's parameters are gathered for each call.
             data, states = encode(frozen, batch, draws, _TEXTS)
         if micro_batches == 1:
