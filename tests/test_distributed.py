@@ -183,13 +183,17 @@ def test_incomplete_or_impossible_arguments_are_named(no_cluster, arguments, mes
         distributed.initialize(*arguments, timeout=1)
 
 
-def test_sigterm_stops_a_process_on_its_own_at_the_next_step():
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_a_process_on_its_own_at_the_next_step(number):
+    def handlers():
+        return [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+
+    before = handlers()
     with distributed.Preemption() as preemption:
         assert not preemption.reached()
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         assert preemption.reached() and preemption.reached()
-        assert signal.getsignal(signal.SIGTERM) == before  # a second signal ends it
+        assert handlers() == before  # a second signal ends it
     with distributed.Preemption() as preemption:
-        assert not preemption.reached()
-    assert signal.getsignal(signal.SIGTERM) == before
+        assert not preemption.reached() and handlers() != before
+    assert handlers() == before

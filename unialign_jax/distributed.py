@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 _MARGIN = 20
 # Seconds that a process which ends waits for the others: one that failed should say so soon, not after JAX's 300.
 _SHUTDOWN = 30
+_STOPPING = (signal.SIGTERM, signal.SIGINT)
 _KEYS = "unialign_jax/"  # of the coordination service's key-value store
 _exchanges: collections.Counter[str] = collections.Counter()  # how often each was used; equal in all processes
 
@@ -170,10 +171,11 @@ def _written_under(directory: str) -> dict[int, str]:
 
 
 class Preemption:
-    """Notices SIGTERM, with which clusters announce that a machine goes away, in any process.
+    """Notices SIGTERM, with which clusters announce that a machine goes away, in any process; on its own also Ctrl-C.
 
     Connected processes agree on a step soon after the signal (JAX's preemption service does it in the background), so
-    that all save the same one. A process on its own stops at the next step; a second signal then kills it as usual.
+    that all save the same one. A process on its own stops at the next step, on SIGTERM or SIGINT (Ctrl-C); a second signal
+    then ends it as usual.
 
         with Preemption() as preemption:
             for step in ...:
@@ -200,13 +202,17 @@ class Preemption:
 
     def __enter__(self) -> Self:
         if not self._connected:
-            self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+            self._previous = {number: signal.signal(number, self._on_signal) for number in _STOPPING}
         return self
 
     def __exit__(self, *exception: object) -> None:
         if not self._connected and not self._signalled:
-            signal.signal(signal.SIGTERM, self._previous)
+            self._restore()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True
-        signal.signal(signal.SIGTERM, self._previous)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

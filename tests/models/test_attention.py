@@ -114,6 +114,16 @@ def test_cudnn_inputs(monkeypatch, length, segmented):
     assert worst(results, oracle(*arrays[:3], segments, arrays[3])) < 1.5e-2
 
 
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="on an NVIDIA GPU, JAX_PLATFORMS=cuda runs it")
+@pytest.mark.parametrize("segmented", [True, False])
+@pytest.mark.parametrize(("length", "head_size"), [(1, 64), (77, 64), (130, 80), (300, 128), (1291, 64), (4095, 64)])
+def test_cudnn_on_a_gpu(length, head_size, segmented):
+    arrays, segments = draw(2, length, 1, head_size, segmented, jnp.bfloat16)
+    results = run(arrays, segments, "cudnn")
+    assert all(result.dtype == jnp.bfloat16 for result in results)
+    assert worst(results, oracle(*arrays[:3], segments, arrays[3])) < 8e-3
+
+
 def described_mesh(platform, kind, **axes):
     """A mesh of devices that are only described, so that programs can be traced and lowered for them anywhere."""
     return AbstractMesh(

@@ -130,7 +130,8 @@ def read_ahead(elements: grain.MapDataset, config: DataConfig) -> grain.IterData
 
 def _work_to_the_end(index: int, count: int) -> None:
     """Told to stop with all processes of its group, a worker goes on: the run still takes steps before it saves."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     end_with_parent()
 
 

@@ -47,7 +47,7 @@ def train(
     preemption: distributed.Preemption | None = None,
     make_batches: Callable[..., Batches] = make_batches,
 ) -> TrainState:
-    """Trains one stage to its last step, or until SIGTERM; resumes where `workdir` holds checkpoints of it.
+    """Trains one stage to its last step, or until SIGTERM or Ctrl-C; resumes where `workdir` holds checkpoints of it.
 
     Args:
       config: see `run_config.RunConfig`; `configs/` has examples.
@@ -222,7 +222,7 @@ def train(
             if report.refused:
                 say(str(report))
         if step < run.steps:
-            say(f"told to stop (SIGTERM): saved step {step}; the same command goes on from there")
+            say(f"told to stop: saved step {step}; the same command goes on from there")
         else:
             say(f"done at step {step}; checkpoints are in {checkpoints.directory}")
     return state
