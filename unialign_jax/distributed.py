@@ -174,8 +174,8 @@ class Preemption:
     """Notices SIGTERM, with which clusters announce that a machine goes away, in any process; on its own also Ctrl-C.
 
     Connected processes agree on a step soon after the signal (JAX's preemption service does it in the background), so
-    that all save the same one. A process on its own stops at the next step, on SIGTERM or SIGINT (Ctrl-C); a second signal
-    then ends it as usual.
+    that all save the same one. A process on its own stops at the next step, on SIGTERM or SIGINT (Ctrl-C); a second
+    signal then ends it as usual.
 
         with Preemption() as preemption:
             for step in ...:
