@@ -2,6 +2,8 @@
 
     python launch/benchmark.py --suite=loop --json=loop.json
 
+Prints the results as JSON; rows of longer suites also as they are measured, on standard error.
+
 Suites:
 """
 

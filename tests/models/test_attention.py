@@ -17,7 +17,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSha
 
 from unialign_jax.models import attention, attention_kernels
 from unialign_jax.models.attention import attend
-from unialign_jax.models.attention_kernels import RESIDUALS, block_size, splash
+from unialign_jax.models.attention_kernels import KEPT, block_size, splash
 from unialign_jax.training import verdict
 
 
@@ -200,13 +200,27 @@ def test_collectives_of_a_split_sequence(monkeypatch, mesh, platform, backend, c
 def test_residuals_can_be_kept_by_name(capsys):
     """A rematerialization policy can keep what the backward kernel needs of the forward one, and nothing else."""
     x = jnp.zeros((1, 100, 2, 64))
-    policy = jax.checkpoint_policies.save_only_these_names(RESIDUALS)
-    jax.ad_checkpoint.print_saved_residuals(
-        jax.checkpoint(lambda q: attend(q, q, q, backend="splash"), policy=policy), x
-    )
+    jax.ad_checkpoint.print_saved_residuals(jax.checkpoint(lambda q: attend(q, q, q, backend="splash"), policy=KEPT), x)
     kept = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "from the argument" not in line]
     # The rest is the kernel's table of blocks, a few bytes.
     assert sorted(name for name in kept if name != "i8[1,1,1]") == ["f32[1,2,128,64]", "f32[1,2,128]"]
+
+
+@pytest.mark.parametrize(("policy", "forward"), [(KEPT, 1), (jax.checkpoint_policies.nothing_saveable, 2)])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_residuals_of_cudnn_can_be_kept(monkeypatch, policy, forward, devices):
+    """In the loop over blocks: the policy decides whether the backward pass runs the forward kernel again."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+
+    def loss(x):
+        block = jax.checkpoint(lambda x, _: (attend(x, x, x, backend="cudnn"), None), policy=policy, prevent_cse=False)
+        return jax.lax.scan(block, x, length=3)[0].astype(jnp.float32).sum()
+
+    with jax.sharding.use_abstract_mesh(GPU(data=devices)):
+        traced = jax.jit(jax.grad(loss)).trace(jax.ShapeDtypeStruct((2, 200, 2, 64), jnp.bfloat16))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@__cudnn$fmhaSoftmax(") == forward
+    assert text.count("@__cudnn$fmhaSoftmaxBackward(") == 1
 
 
 def test_block_sizes():

@@ -6,6 +6,7 @@ through `UniAlignPipeline.generate`, text encoder and decoder included, with gui
 """
 
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -44,6 +45,7 @@ def run() -> dict[str, Any]:
     for batch in (mesh.size * 2**k for k in range(_LARGEST.bit_length())):
         try:
             rows.append(_measure(pipeline, batch))
+            print(rows[-1], file=sys.stderr, flush=True)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

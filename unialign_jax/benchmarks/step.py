@@ -6,6 +6,7 @@ cached; on a CPU that of a small model. Weights and batches are constants: time 
 
 import dataclasses
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -56,6 +57,7 @@ def run() -> dict[str, Any]:
     while batch <= _LARGEST * mesh.size and full_at(rows) is None:
         try:
             rows.append(_measure(mesh, batch, small))
+            print(rows[-1], file=sys.stderr, flush=True)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

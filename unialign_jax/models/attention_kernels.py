@@ -13,8 +13,12 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 
 # The segment of keys that only fill a block; callers' ids are 0 or more.
 PADDING = int(jnp.iinfo(jnp.int32).min)
-# Name of what splash keeps for its backward pass (output and log-sum-exp), for `jax.checkpoint` policies by name.
-RESIDUALS = "attention"
+_RESIDUALS = "attention"  # name of splash's output and log-sum-exp
+_CUDNN = "dot_product_attention_fwd_wrapper"  # JAX's primitive of cuDNN's forward pass, whose results are the same two
+# A policy of `jax.checkpoint`: what a kernel's backward pass needs of its forward pass is kept.
+KEPT = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.save_only_these_names(_RESIDUALS), lambda primitive, *_, **__: primitive.name == _CUDNN
+)
 
 LANES = 128  # width of a TPU's vector registers: splash's blocks are multiples of it
 HEAD_UNIT = 64  # head sizes are filled up to a multiple; registers of 128 lanes hold them either way
@@ -136,7 +140,7 @@ def splash(
         block_sizes=_block_sizes(block_q, block_kv, key.shape[2], largest, segmented=key_segments is not None),
         head_shards=1,
         q_seq_shards=1,
-        residual_checkpoint_name=RESIDUALS,
+        residual_checkpoint_name=_RESIDUALS,
         interpret=interpret,
     )
     segments = None if key_segments is None else splash_attention.SegmentIds(query_segments, key_segments)

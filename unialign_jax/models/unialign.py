@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unialign_jax.models.attention import attend
-from unialign_jax.models.attention_kernels import RESIDUALS
+from unialign_jax.models.attention_kernels import KEPT
 from unialign_jax.models.layers import PRODUCTS, Dense, RMSNorm, layer_norm, mean_tokens, spread
 from unialign_jax.parallel import constrain
 
@@ -27,9 +27,11 @@ ZEROS = nn.initializers.zeros_init()
 REMAT_POLICIES = {
     "none": None,  # everything is kept
     # Results of linear layers and of the attention kernel are kept; norms and activations are done again.
-    "dots+attention": jax.checkpoint_policies.save_only_these_names(PRODUCTS, RESIDUALS),
+    "dots+attention": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.save_only_these_names(PRODUCTS), KEPT
+    ),
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCTS),  # attention is done again too
-    "attention": jax.checkpoint_policies.save_only_these_names(RESIDUALS),  # linear layers are done again
+    "attention": KEPT,  # linear layers are done again
     "full": jax.checkpoint_policies.nothing_saveable,  # only the block's inputs are kept
 }
 
