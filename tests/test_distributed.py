@@ -183,6 +183,15 @@ def test_incomplete_or_impossible_arguments_are_named(no_cluster, arguments, mes
         distributed.initialize(*arguments, timeout=1)
 
 
+def test_a_shell_in_a_slurm_job_is_a_process_on_its_own(no_cluster, monkeypatch):
+    """JAX would give it one of the node's GPUs, as the first of one process."""
+    [environment], _ = by_slurm(1)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    distributed.initialize(timeout=1)
+    assert not jax.distributed.is_initialized()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_a_process_on_its_own_at_the_next_step(number):
     def handlers():

@@ -1,5 +1,6 @@
 """The pipeline on a tiny random model: every task, independence of the batch, and refusals before any compilation."""
 
+import dataclasses
 import io
 import types
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 from unialign_jax import EditSession, parallel
 from unialign_jax.data.tokenizer import Tokenizer
-from unialign_jax.inference import batches
+from unialign_jax.inference import batches, programs
 from unialign_jax.inference.inputs import image_size
 from unialign_jax.inference.presets import Protocol
 from unialign_jax.inference.programs import image_programs
@@ -104,6 +105,20 @@ def test_compose_masks_what_an_item_does_not_have(pipeline):
     np.testing.assert_allclose(np.int32(mixed[0]), np.int32(alone), atol=1)
     options = {"seed": 5, "guidance": pipeline.protocol.edit_guidance, **FEW}
     np.testing.assert_allclose(np.int32(mixed[1]), np.int32(pipeline.generate("a square", **options)), atol=1)
+
+
+def test_references_that_are_all_there_are_not_masked(pipeline, monkeypatch):
+    made, masks = image_programs(pipeline.networks, pipeline.mesh), []
+
+    def begin(*arguments):
+        masks.append(arguments[5])
+        return made.begin(*arguments)
+
+    monkeypatch.setattr(programs, "image_programs", lambda *_: dataclasses.replace(made, begin=begin))
+    pipeline.edit(picture(0), "make it red", **FEW)
+    pipeline.edit(picture(0), "make it red", reference_guidance=1.5, **FEW)
+    pipeline.compose([[picture(0)], []], ["a circle", "a square"], **FEW)
+    assert [mask is None for mask in masks] == [True, False, False]
 
 
 def test_processes_must_ask_for_the_same(monkeypatch):

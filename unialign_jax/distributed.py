@@ -103,7 +103,8 @@ def _placement(
                 "--coordinator, --num_processes and --process_id (--num_processes=1 alone for a single process)"
             ) from error
         given = dict(zip(given, found, strict=False))
-        if not by_hand and None in given.values():
+        # A cluster of one process, such as a shell in a SLURM job, is none: JAX would give it one of its node's GPUs.
+        if not by_hand and (None in given.values() or given["num_processes"] == 1):
             return None
     if missing := [f"--{name}" for name, value in given.items() if value is None]:
         told = ", ".join(f"--{name}={value}" for name, value in given.items() if value is not None)

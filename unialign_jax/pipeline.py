@@ -313,7 +313,9 @@ class UniAlignPipeline:
         negative_ids = self.tokenizer.encode(negative, self.text_length)
         rows = [seeds, np.stack([self.tokenizer.encode(text, self.text_length) for text in prompts])]
         if references is not None:
-            rows += inputs.reference_pixels(references, height, width)
+            pictures, mask = inputs.reference_pixels(references, height, width)
+            # Attention without a mask is faster: it comes where some item, or a branch of guidance, lacks a reference.
+            rows += [pictures] if mask.all() and reference_guidance == 1 else [pictures, mask]
         made = programs.image_programs(self.networks, self.mesh)
         branches = 3 if reference_guidance != 1 else 2 if guidance != 1 else 1
         scales = np.asarray([reference_guidance, guidance][3 - branches :] if branches > 1 else [], np.float32)

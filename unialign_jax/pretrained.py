@@ -189,7 +189,10 @@ def step_params(path: epath.Path, abstract: Mapping[str, Any], average: bool) ->
     """
     with Checkpoints(path.parent, read_only=True) as checkpoints:
         meta = checkpoints.meta(int(path.name))
-    return {name: _step_network(path, meta, name, tree, average) for name, tree in abstract.items()}
+    tuning = Tuning.of(meta["config"])
+    # What is in float32 at first is read while there is most room.
+    order = sorted(abstract, key=lambda name: not jax.tree.leaves(tuning.trained_of({name: abstract[name]})))
+    return {name: _step_network(path, meta, name, abstract[name], average) for name in order}
 
 
 def _step_network(path: epath.Path, meta: Mapping[str, Any], name: str, wanted: Any, average: bool) -> dict[str, Any]:

@@ -30,6 +30,16 @@ def test_utilization_is_of_all_devices():
     """An H100 does 989 TFLOP/s in bfloat16 (its data sheet), two twice that."""
     assert step.utilization(989e12, 2.0, 2, "NVIDIA H100 80GB HBM3") == pytest.approx(0.25, rel=1e-3)
     assert step.utilization(1e12, 1.0, 1, "a new one") is None
+    assert step.utilization(1e12, 1.0, 1, "NVIDIA H100 PCIe") is None  # slower than the one of that name
+
+
+def test_a_device_that_holds_no_batch_is_an_error(monkeypatch):
+    def full(*arguments):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(step, "_measure", full)
+    with pytest.raises(ValueError, match="use more devices"):
+        step.run()
 
 
 def test_the_published_step_is_that_of_the_config():

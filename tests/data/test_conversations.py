@@ -86,6 +86,10 @@ def test_files_that_are_no_conversations(tmp_path):
     with pytest.raises(CorpusError, match="absent.json: expected a file of JSON rows, found no such file"):
         ConversationSource(tmp_path / "absent.json")
     path = tmp_path / "talks.json"
+    for content in ('[{"image": 3}]\n[3]', '["x"]\n{"image": 3}'):  # what follows would be lost
+        path.write_text(content)
+        with pytest.raises(CorpusError, match="talks.json: expected an array of JSON objects: .* is followed by"):
+            ConversationSource(path)
     for content in ("[", "[}", '[{"image": 3}', "[" * 100_000, "\ufeff[1 2"):
         path.write_text(content)
         with pytest.raises(CorpusError, match="talks.json: expected an array of JSON objects"):

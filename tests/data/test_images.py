@@ -231,7 +231,7 @@ def test_files_that_are_not_there(tmp_path, photo):
         refused = refusal(images.load, f"{tmp_path}/{name}", 8, 8)
         assert refused.cause is cause, name
         assert repr(f"{tmp_path}/{name}"[:300])[:-1] in refused.detail and len(refused.detail) < 400
-    for address in ("http://host/a.png", "file:///a.png", "data:image/png;base64," + "A" * 10**6):
+    for address in ("http://host/a.png", "s3://bucket/a.png", "file:///a.png", "data:image/png;base64," + "A" * 10**6):
         refused = refusal(images.load, address, 8, 8)
         assert refused.cause is Cause.MISSING_IMAGE and len(refused.detail) < 400
 

@@ -109,5 +109,8 @@ def test_mean_is_students_interval():
     np.testing.assert_allclose([estimate.low, estimate.high], expected, atol=1e-6)
     equal = metrics.mean([1.0] * 5)  # which is no proof that all are
     assert (equal.value, equal.low, equal.high) == (1.0, metrics.share([True] * 5).low, 1.0)
+    for value, count in ((0.4, 48), (0.7, 12), (0.9211, 13)):  # whose mean is rounded
+        equal = metrics.mean([value] * count)
+        assert equal.value == value and equal.high - equal.low > 0.05
     with pytest.raises(ValueError, match="no samples"):
         metrics.mean([])

@@ -47,6 +47,13 @@ def described(tree) -> str:
     return "\n".join(sorted(lines)) + "\n"
 
 
+def test_micro_batches_of_one_sample_are_warned_of(caplog):
+    make_program(devices=1, **{"data.global_batch": 4, "micro_batches": 2})
+    assert not caplog.records
+    make_program(devices=1, **{"data.global_batch": 4, "micro_batches": 4})
+    assert "nothing to contrast with" in caplog.text
+
+
 @pytest.mark.parametrize("muon", [False, True])
 def test_state_is_the_real_one_and_moments_follow_their_parameters(muon):
     program = make_program("fsdp+tensor", **{"optimizer.muon": muon})

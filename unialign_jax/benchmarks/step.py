@@ -49,6 +49,9 @@ def run() -> dict[str, Any]:
       `rows`, one for each batch: `batch` over all devices, `step_seconds`, `images_per_second`, `mfu` (None on a device
       of unknown peak), `peak_gib` of one device (what its allocator says, or what the compiler planned) and the
       `attention` kernel in the program; `full_at`, the batch from which a doubling gains less than 3 %, or None.
+
+    Raises:
+      ValueError: not even the smallest batch fits.
     """
     small = jax.devices()[0].platform == "cpu"
     mesh = parallel.make_mesh("fsdp")
@@ -63,6 +66,11 @@ def run() -> dict[str, Any]:
                 raise
             break
         batch *= 2
+    if not rows:
+        raise ValueError(
+            f"the {'small' if small else 'published'} model's state and a batch of {batch} do not fit into "
+            f"{mesh.size} device(s); the published one takes 56 GiB before any batch: use more devices"
+        )
     return {"model": "small" if small else "published", "rows": rows, "full_at": full_at(rows)}
 
 
@@ -104,7 +112,8 @@ def _measure(mesh: jax.sharding.Mesh, batch: int, small: bool) -> dict[str, Any]
 
 def utilization(flops: float, seconds: float, devices: int, kind: str) -> float | None:
     """Share of the devices' peak that so many FLOPs in so many seconds are; None for a kind of unknown peak."""
-    peak = next((peak for name, peak in _PEAKS.items() if name in kind), None)
+    slower = "PCIe" in kind or "NVL" in kind  # of the same names, with other clocks
+    peak = next((peak for name, peak in _PEAKS.items() if name in kind and not slower), None)
     return None if peak is None else round(flops / (seconds * devices * peak), 4)
 
 

@@ -98,7 +98,7 @@ def build(
     there = {path.name for path in (directory / _WORK).iterdir()}
     missing = [shard for shard in range(shards) if _account_path(directory, shard).name not in there]
     written = sorted(set(range(shards)) - set(missing))
-    report = Report(source.path, len(source), refused_share, in_order=True)
+    report = Report(source.path, len(source), refused_share, in_order=True, max_named=len(source))
     with tqdm.tqdm(total=len(source), desc=f"writing {directory}", unit="row") as bar:
         for account in itertools.chain(
             (_read_account(directory, shard) for shard in written),

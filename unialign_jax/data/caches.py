@@ -289,7 +289,8 @@ class Caches:
 
     def all_settings(self, part: str, source: Source, rows: np.ndarray | range, references: int) -> dict[str, Any]:
         """The settings of a stream's cache, its rows included."""
-        checksum = zlib.crc32(np.asarray(rows, "<i8"))
+        numbers = np.arange(rows.start, rows.stop, dtype="<i8") if isinstance(rows, range) else np.asarray(rows, "<i8")
+        checksum = zlib.crc32(numbers)
         settings = {"version": _VERSION, "bucket": f"{len(rows)} rows, checksum {checksum}"}
         settings |= {f"source.{name}": value for name, value in source.fingerprint().items()}
         if part != "instructions":  # of a row with more, the images are refused

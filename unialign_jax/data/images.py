@@ -107,6 +107,8 @@ def read(path: str) -> bytes:
 def _open(path: str) -> Iterator[IO[bytes]]:
     name = _shown(path)
     try:
+        if "://" in path and not path.startswith("gs://"):  # `epath` knows more stores, which are not set up
+            raise KeyError(path)
         place = epath.Path(path)
     except KeyError:
         raise Refused(Cause.MISSING_IMAGE, f"{name}: expected a local path or gs://") from None

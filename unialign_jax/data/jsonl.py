@@ -213,6 +213,8 @@ def _index_array(file: epath.Path) -> _Index:
     while True:
         begin = space.match(text, at).end()
         if text.startswith("]", begin):
+            if behind := text[begin + 1 :].strip():
+                raise ValueError(f"one that ends at character {begin} is followed by {behind[:20]!r}")
             break
         end = decoder.raw_decode(text, begin)[1]
         starts.append(offset + len(text[at:begin].encode()))

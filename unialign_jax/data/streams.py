@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -26,6 +27,8 @@ _MIN_SHARED_BYTES = 16 << 10
 # Elements in flight: enough to keep the threads busy while one slow image is waited for, few enough for large images.
 _BUFFER_PER_THREAD = 2
 _BUFFER_PER_WORKER = 2
+# Draws for one in place of a row that can't be used: in a bucket of which half is spoilt they find one.
+_STAND_INS = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +62,11 @@ class Stream:
         """The row at a position of the order, which holds every row once per pass."""
         return int(self.rows[self._order[position]])
 
-    def stand_ins(self, position: int, count: int) -> list[int]:
+    def stand_ins(self, position: int, count: int) -> Iterator[int]:
         """Rows to take instead of the one at that position, drawn at random."""
         rng = np.random.default_rng([self.seed, position])
-        return [int(self.rows[i]) for i in rng.integers(len(self.rows), size=count)]
+        for i in rng.integers(len(self.rows), size=count):
+            yield int(self.rows[i])
 
 
 def make_streams(
@@ -174,21 +178,23 @@ class ReadChunk:
 
     def _sample(self, stream: Stream, position: int) -> tuple[dict | None, tuple | None]:
         """The arrays at a position of a stream, and why its row could not be used."""
-        source, row = self.sources[stream.source], stream.row(position)
-        try:
-            return _prepared(stream, source, row), None
-        except Refused as refused:
-            if self.shared and refused.cause == Cause.UNREADABLE_IMAGE:
-                raise CorpusError(
-                    f"{source.path}, {source.place(row)}: {refused.detail}. Another process makes the same row and may "
-                    "be able to read it: both must train on the same. See to the file or the network, and start again"
-                ) from refused
-            refusal = (row, source.place(row), str(refused.cause), refused.detail)
-        for stand_in in stream.stand_ins(position, _attempts(self.refused_share)):
+        source, refusal, unreadable = self.sources[stream.source], None, 0
+        for row in itertools.chain([stream.row(position)], stream.stand_ins(position, _STAND_INS)):
             try:
-                return _prepared(stream, source, stand_in), refusal
-            except Refused:  # it is counted where it stands in the order itself
-                continue
+                return _prepared(stream, source, row), refusal
+            except Refused as refused:  # a stand-in is counted where it stands in the order itself
+                refusal = refusal or (row, source.place(row), str(refused.cause), refused.detail)
+                if refused.cause != Cause.UNREADABLE_IMAGE:
+                    continue
+                if self.shared:
+                    raise CorpusError(
+                        f"{source.path}, {source.place(row)}: {refused.detail}. Another process makes the same row and "
+                        "may be able to read it: both must train on the same. See to the file or the network, and "
+                        "start again"
+                    ) from refused
+                unreadable += 1
+                if unreadable > _attempts(self.refused_share):  # an outage: no use in asking for more
+                    break
         return None, refusal
 
 
@@ -207,5 +213,5 @@ def _stack(samples: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def _attempts(refused_share: float) -> int:
-    """How many rows to draw for one in place of a refused row: at this share, all are refused once in 10^12."""
+    """How many unreadable images are no accident: at this share, all of so many rows are refused once in 10^12."""
     return math.ceil(math.log(1e-12) / math.log(max(refused_share, 0.01)))

@@ -12,6 +12,7 @@ image there.
 import tarfile
 import zlib
 from collections.abc import Iterator
+from typing import IO
 
 import tqdm
 from etils import epath
@@ -23,6 +24,7 @@ from unialign_jax.data.rows import is_row, parse_row
 from unialign_jax.data.samples import TASKS, Cause, Refused, Sample
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jp2")
+_CHUNK = 1 << 20
 _Members = dict[str, tuple[int, int]]  # suffix -> offset and size in the tar
 
 
@@ -111,6 +113,16 @@ def _is_row(content: bytes) -> bool:
         return False
 
 
+def _only_zeros_follow(file: IO[bytes]) -> bool:
+    """Whether what is left of a tar is its end: a block of zeros, and any number of more zeros."""
+    size = 0
+    while chunk := file.read(_CHUNK):
+        if chunk.strip(b"\0"):
+            return False
+        size += len(chunk)
+    return size >= tarfile.BLOCKSIZE
+
+
 def _samples_of(tar: epath.Path) -> Iterator[tuple[str, _Members]]:
     """(name, files) of each sample; files of one sample that don't stand together make several, as in WebDataset."""
     last, members = None, {}
@@ -130,8 +142,9 @@ def _samples_of(tar: epath.Path) -> Iterator[tuple[str, _Members]]:
                 last = key
                 members[suffix] = (member.offset_data, member.size)
             # A header that is damaged ends the reader's iteration as the end of the tar does.
+            # A block of zeros ends it too, such as the one between tars that were written behind each other.
             file.seek(archive.offset)
-            if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+            if not _only_zeros_follow(file):
                 raise CorpusError(
                     f"{tar}: expected a tar that is whole, found neither a header nor the end at "
                     f"byte {archive.offset}: what follows would be lost. Pack its files anew, or take it out"

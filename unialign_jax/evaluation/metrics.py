@@ -50,12 +50,12 @@ def mean(values: Sequence[float]) -> Estimate:
       ValueError: no samples.
     """
     count = _count(values)
-    value = math.fsum(values) / count
     if count == 1:
-        return Estimate(value, 0.0, 1.0, count)
+        return Estimate(values[0], 0.0, 1.0, count)
+    if min(values) == max(values):
+        return _wilson(values[0], count)
+    value = math.fsum(values) / count
     variance = math.fsum((x - value) ** 2 for x in values) / (count - 1)
-    if not variance:
-        return _wilson(value, count)
     half = float(stats.t.ppf(0.975, count - 1)) * math.sqrt(variance / count)
     return Estimate(value, max(value - half, 0.0), min(value + half, 1.0), count)
 

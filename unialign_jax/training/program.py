@@ -6,6 +6,7 @@ runs exactly what the ahead-of-time compiler judges and the benchmark times, bec
 
 import bisect
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,8 @@ from unialign_jax.state import TrainState, create_state, make_optimizer
 from unialign_jax.training import flops
 from unialign_jax.training.run_config import CACHED, ConfigError, RunConfig
 from unialign_jax.training.step import make_train_step
+
+_LOG = logging.getLogger(__name__)
 
 
 class Program:
@@ -69,6 +72,11 @@ class Program:
                 f"expected 1 to {layers}"
             )
         parallel.check_batch(mesh, run.data.global_batch, run.micro_batches)
+        if run.data.global_batch == run.micro_batches and run.objective.contrastive_weight:
+            _LOG.warning(
+                "each micro-batch holds one sample, which the contrastive loss has nothing to contrast with: it is 0; "
+                "take fewer micro_batches or a larger data.global_batch"
+            )
         parallel.check_heads(mesh, self.networks.transformer.config.num_attention_heads)
         boxed = self.networks.abstract()
         params = jax.tree.map(parallel.placed, nn.unbox(boxed), parallel.param_shardings(boxed, mesh))
