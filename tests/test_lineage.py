@@ -1,10 +1,11 @@
-"""What a run came from: the tensors that its weights never had."""
+"""What a run came from: that it is still the same, and the tensors that its weights never had."""
 
 import json
 
+import numpy as np
 import pytest
 
-from unialign_jax import lineage
+from unialign_jax import convert, lineage
 from unialign_jax.checkpoints import Checkpoints
 from unialign_jax.convert import store
 
@@ -33,3 +34,39 @@ def test_what_was_drawn_stays_so_until_the_whole_model_is_trained(tmp_path, monk
     monkeypatch.setattr(Checkpoints, "meta", lambda self, step: meta[self.directory.parent.name])
     assert lineage.drawn_of(start) == drawn
     assert lineage.drawn_of(None) == []
+
+
+def test_a_converted_start_is_known_by_its_weights(golden, tmp_path):
+    for name in ("here", "there"):
+        convert.to_jax(golden, tmp_path / name, progress=False)
+    identity = lineage.identity_of(str(tmp_path / "here"))
+    assert identity and set(identity) == {"transformer", "text_encoder", "autoencoder"}
+    meta = {"init": str(tmp_path / "here"), "init_identity": identity}
+    lineage.check_start(meta, tmp_path / "run" / "unify")
+    assert lineage.moved_start(meta, tmp_path / "there") == str(tmp_path / "there")
+
+    file = tmp_path / "there" / store.MODEL_FILE
+    model = json.loads(file.read_text())
+    model["checksums"]["transformer"] += 1
+    file.write_text(json.dumps(model))
+    with pytest.raises(ValueError, match="there is not the checkpoint that this run started from"):
+        lineage.moved_start(meta, tmp_path / "there")
+    (tmp_path / "here").rename(tmp_path / "gone")
+    (tmp_path / "there").rename(tmp_path / "here")
+    with pytest.raises(ValueError, match="unify started from .*here, where another checkpoint is now"):
+        lineage.check_start(meta, tmp_path / "run" / "unify")
+
+
+def test_the_checksum_is_that_of_the_arrays(tmp_path):
+    def saved(name, **arrays):
+        return store.save_network(tmp_path / name, {key: store.Stream.of(value) for key, value in arrays.items()})
+
+    arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(2, np.float32)}
+    first = saved("first", **arrays)
+    assert saved("same", **arrays) == first
+    assert saved("other", **(arrays | {"a": arrays["a"] + 1})) != first
+    rows = {
+        key: store.Stream(x.shape, x.dtype, 1, lambda x=x: iter(x[i : i + 1] for i in range(len(x))))
+        for key, x in arrays.items()
+    }
+    assert store.save_network(tmp_path / "in_pieces", rows) == first

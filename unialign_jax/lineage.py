@@ -108,7 +108,8 @@ def moved_start(meta: Mapping[str, Any], init: epath.PathLike) -> str:
     """
     place, identity = locate(init), meta.get("init_identity")
     if identity is not None:
-        place = place.parent / epath.Path(meta["init"]).name
+        if not store.is_converted(place):
+            place = place.parent / epath.Path(meta["init"]).name
         if not agreement.primary(place.exists) or identity_of(str(place)) != identity:
             raise ValueError(
                 f"init is {init}, but {place} is not the checkpoint that this run started from, {meta['init']}; what "
@@ -118,9 +119,11 @@ def moved_start(meta: Mapping[str, Any], init: epath.PathLike) -> str:
 
 
 def identity_of(start: str | None) -> dict[str, Any] | None:
-    """What tells a run's step from another that may later be at the same place; None of anything else."""
-    if start is None or store.is_converted(path := epath.Path(start)):
+    """What tells a step or a converted directory from another that may later be at its place; None if nothing does."""
+    if start is None:
         return None
+    if store.is_converted(path := epath.Path(start)):
+        return store.read_config(path).get("checksums")  # of earlier conversions there are none
     with Checkpoints(path.parent, read_only=True) as checkpoints:
         return checkpoints.checksums(int(path.name))
 
@@ -138,8 +141,8 @@ def check_start(meta: Mapping[str, Any], stage_directory: epath.Path) -> None:
     if recorded is None or not agreement.primary(lambda: epath.Path(start).exists()) or identity_of(start) == recorded:
         return
     raise ValueError(
-        f"{stage_directory} started from {start}, where another checkpoint is now: that stage was trained anew since. "
-        "Move this stage's directory away to train it anew too, or put the earlier one back"
+        f"{stage_directory} started from {start}, where another checkpoint is now: that was trained or converted anew "
+        "since. Move this stage's directory away to train it anew too, or put the earlier one back"
     )
 
 

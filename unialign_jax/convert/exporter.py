@@ -168,9 +168,10 @@ def write_jax(
     sizes = {network: sum(map(tensors.nbytes, arrays.values())) for network, arrays in leaves.items()}
     total = sum(sizes.values())
     with workspace.new_directory(target, total) as partial, workspace.progress_bar(total, progress) as bar:
+        checksums = {}
         for network, arrays in leaves.items():
             streams = {path: store.Stream.of(array[...]) for path, array in arrays.items()}
-            store.save_network(partial / network, streams)
+            checksums[network] = store.save_network(partial / network, streams)
             del streams  # which holds the network while the next one is read
             bar.update(sizes[network])
         workspace.copy_tokenizer(tokenizer, partial / "tokenizer")
@@ -180,6 +181,7 @@ def write_jax(
             "dtypes": {k: sorted({str(array.dtype) for array in arrays.values()}) for k, arrays in leaves.items()},
             "pipeline": configs.pipeline_classes({}),
             "sampling": dict(sampling),
+            "checksums": checksums,
         }
         configs.write_json(partial / store.MODEL_FILE, {**store.HEADER, **fields, **facts})
     return Report(target, sizes)

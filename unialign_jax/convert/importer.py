@@ -107,12 +107,13 @@ def to_jax(
         workspace.new_directory(target, sum(sizes.values())) as partial,
         workspace.progress_bar(sum(sizes.values()), progress) as bar,
     ):
+        checksums = {}
         for network, part in components.items():
             streams = {row.path: _stream(row, part.tensors, bar.update) for row in part.rows}
-            store.save_network(partial / network, streams)
+            checksums[network] = store.save_network(partial / network, streams)
         workspace.copy_tokenizer(folders.tokenizer, partial / "tokenizer")
         workspace.copy_tokenizer(folders.teacher, partial / store.TEACHER_TOKENIZER)
-        configs.write_json(partial / store.MODEL_FILE, model)
+        configs.write_json(partial / store.MODEL_FILE, model | {"checksums": checksums})
     transformer = components["transformer"]
     return Report(target, sizes, transformer.initialised, transformer.dropped, mask_token is None)
 

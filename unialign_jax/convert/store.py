@@ -10,6 +10,7 @@ network are larger than the memory that a conversion may take.
 
 import asyncio
 import dataclasses
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -57,7 +58,15 @@ class Stream:
 
 
 class _StreamHandler(ocp.type_handlers.NumpyHandler):
-    """Saves `Stream` leaves; in the finished checkpoint they are ordinary NumPy arrays."""
+    """Saves `Stream` leaves; in the finished checkpoint they are ordinary NumPy arrays.
+
+    Attributes:
+      checksum: CRC-32 of what was saved, one leaf after the other.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.checksum = 0
 
     async def serialize(self, values, infos, args=None):
         arrays = await asyncio.gather(*map(self._create, values, infos))
@@ -67,6 +76,7 @@ class _StreamHandler(ocp.type_handlers.NumpyHandler):
             for stream, array in zip(values, arrays, strict=True):
                 start = 0
                 for piece in stream.pieces():
+                    self.checksum = zlib.crc32(np.ascontiguousarray(piece).reshape(-1).view(np.uint8), self.checksum)
                     batch.append(array[start : start + len(piece)].write(piece))
                     start += len(piece)
                     size += piece.nbytes
@@ -91,20 +101,25 @@ class _StreamHandler(ocp.type_handlers.NumpyHandler):
         return await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
 
 
-def save_network(directory: epath.PathLike, leaves: Mapping[str, Stream]) -> None:
+def save_network(directory: epath.PathLike, leaves: Mapping[str, Stream]) -> int:
     """Writes one network's parameters as an Orbax PyTree checkpoint, in memory for a few pieces.
 
     Args:
       directory: the checkpoint; must not exist.
       leaves: "/"-joined path -> stream.
+
+    Returns:
+      A checksum of the arrays' bytes, by which the same weights are known.
     """
+    streams = _StreamHandler()
     registry = ocp.type_handlers.create_type_handler_registry(
-        (Stream, _StreamHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
+        (Stream, streams), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
     # Weights hardly compress, and trying takes longer than writing them.
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(storage.absolute(directory), args=ocp.args.PyTreeSave(_nested(leaves)))
+    return streams.checksum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +211,7 @@ def read_config(directory: epath.PathLike) -> dict[str, Any]:
       Config fields under `transformer`, `text_encoder`, `autoencoder` or `pixel_codec`, and `teacher` where there is
       one (as `networks.build_networks` takes them); besides `scheduler`, `dtypes`, `pipeline`, of a model trained here
       `sampling`: `text_length`, `size` (height and width in pixels) and `protocol`; and of a source that lacked tensors
-      that sampling needs `drawn`: their PyTorch names.
+      that sampling needs `drawn`: their PyTorch names; `checksums` of the networks, by which a run knows its start.
 
     Raises:
       ConversionError: if there is no such file, or it is of another format or version, or its fields are wrong.
