@@ -69,7 +69,7 @@ def test_networks_that_a_run_did_not_train_are_read_in_the_wanted_dtype(half_fro
     model = pretrained.load(directory)
     assert_cast({name: model.params[name] for name in params}, params)
     assert dtypes == {"text_encoder": jnp.bfloat16}
-    assert float32_bytes == [nbytes(params["transformer"]) + no_kernels(params["text_encoder"])]
+    assert float32_bytes == [nbytes(params["transformer"])]  # what was trained is read first, with nothing beside it
     whole = pretrained.load(directory, dtype="float32").params
     jax.tree.map(np.testing.assert_array_equal, {name: whole[name] for name in params}, params)
 
