@@ -1,33 +1,12 @@
 """Commands whose work is tested elsewhere, run as a user runs them: that flags reach it, and what they say."""
 
 import json
-import os
 import pathlib
 import shutil
-import subprocess
-import sys
 
-import pytest
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).parents[2]
-
-
-@pytest.fixture
-def command():
-    """Runs Python with arguments in the checkout; the finished process."""
-
-    def run(*arguments):
-        return subprocess.run(
-            [sys.executable, *map(str, arguments)],
-            cwd=ROOT,
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    return run
 
 
 def test_the_table_of_scaling_is_that_of_its_verdicts(command, tmp_path):

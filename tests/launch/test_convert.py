@@ -16,20 +16,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture
-def convert():
+def convert(command):
     """Runs launch/convert.py with flags; the finished process."""
-
-    def run(**flags):
-        return subprocess.run(
-            [sys.executable, "launch/convert.py", *(f"--{name}={value}" for name, value in flags.items())],
-            cwd=ROOT,
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    return run
+    return lambda **flags: command("launch/convert.py", *(f"--{name}={value}" for name, value in flags.items()))
 
 
 def test_there_and_back(convert, golden, tmp_path):
