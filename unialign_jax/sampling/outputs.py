@@ -19,6 +19,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from PIL import Image, PngImagePlugin
 
+from unialign_jax.data.images import image_grid
 from unialign_jax.sampling.rows import TEXT_TASKS, Row
 from unialign_jax.storage import write_whole
 
@@ -102,6 +103,17 @@ class PngFiles:
 
     def told(self, start: int, stop: int, made: Sequence[Made]) -> list[str]:
         return [str(self.path(row.index)) for row, _, error in made if error is None]
+
+    def write_grid(self, count: int) -> None:
+        """Lays the first `count` images out in `DIRECTORY/grid.png`; rows that could not be made are left out."""
+        images = []
+        for path in map(self.path, range(count)):
+            if path.exists():
+                with path.open("rb") as file:
+                    images.append(np.asarray(Image.open(file)))
+        if images:
+            grid = image_grid(np.stack(images), columns=int(np.ceil(np.sqrt(len(images)))))
+            write_whole(self._directory / "grid.png", encode_png(grid, {}))
 
 
 class _Shards:

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,16 +19,15 @@ import numpy as np
 import tqdm
 from absl import logging
 from etils import epath
-from PIL import Image
 
 from unialign_jax import agreement, lineage, parallel, storage
-from unialign_jax.data.images import image_grid
 from unialign_jax.diffusion import flow_matching
 from unialign_jax.inference import inputs, presets, programs
 from unialign_jax.inference.batches import Batches
 from unialign_jax.pipeline import TASKS, UniAlignPipeline
-from unialign_jax.sampling.outputs import FORMATS, Made, PngFiles, is_result, make_output
-from unialign_jax.sampling.rows import TEXT_TASKS, FileRows, FlagRows, Row, Rows
+from unialign_jax.sampling.making import Maker, make_units
+from unialign_jax.sampling.outputs import FORMATS, is_result, make_output
+from unialign_jax.sampling.rows import TEXT_TASKS, FileRows, FlagRows, Rows
 from unialign_jax.storage import write_whole
 
 SETTINGS_FILE = "run.json"
@@ -144,9 +143,9 @@ def sample(job: Job) -> Result:
             single_size=True,
             progress=False,
         )
-        make = _Maker(job, pipeline, batch, strict=rows.strict)
+        make = Maker(pipeline, job.task, job.options, batch, strict=rows.strict)
         agreement.everywhere(lambda: make.check(rows), ValueError)
-        facts = make.facts | {"checkpoint": weights}
+        facts = {"task": job.task, "dtype": job.dtype, **make.settled, "checkpoint": weights}
         done = rows.count - sum(stop - start for start, stop in left)
         unit_name = "text" if job.task in TEXT_TASKS else "image"
         with (
@@ -154,7 +153,7 @@ def sample(job: Job) -> Result:
             concurrent.futures.ThreadPoolExecutor(2) as pool,
         ):
             writes: collections.deque[concurrent.futures.Future] = collections.deque()
-            for (start, stop), made in _units(make, rows, left, batch, bar, pool):
+            for (start, stop), made in make_units(make, rows, left, batch, bar, pool):
                 failed += sum(error is not None for _, _, error in made)
                 if isinstance(rows, FlagRows) and len(shown) < _SHOWN:
                     shown += output.told(start, stop, made)
@@ -165,7 +164,7 @@ def sample(job: Job) -> Result:
                 write.result()
     all_failed = sum(agreement.gather(failed))  # and all files are written
     if job.grid:
-        agreement.primary(lambda: write_grid(output, directory, min(job.grid, rows.count)))
+        agreement.primary(lambda: output.write_grid(min(job.grid, rows.count)))
     if failed:
         logging.warning("%d of %d rows could not be made; *.error* files in %s say why", failed, rows.count, directory)
     if all_failed == rows.count:
@@ -286,125 +285,3 @@ def _pack(flags: list[bool]) -> str:
 
 def _unpack(packed: str, count: int) -> np.ndarray:
     return np.unpackbits(np.frombuffer(bytes.fromhex(packed), np.uint8), count=count).astype(bool)
-
-
-def _units(
-    make: "_Maker", rows: Rows, left: list, batch: int, bar: tqdm.tqdm, pool: concurrent.futures.Executor
-) -> Iterator[tuple[tuple[int, int], list[Made]]]:
-    """Each unit that is left, with the results that this process owns."""
-    chunks = _chunks(rows, left, batch)
-    # The next batch is read while this one is made.
-    following = pool.submit(lambda: make.read(next(chunks, None)))
-    for start, stop in left:
-        made: list[Made] = []
-        for _ in range(start, stop, batch):
-            prepared = following.result()
-            following = pool.submit(lambda: make.read(next(chunks, None)))
-            made += make(prepared)
-            bar.update(len(prepared.rows))
-        yield (start, stop), made
-
-
-def _chunks(rows: Rows, left: list[tuple[int, int]], batch: int) -> Iterator[list[Row]]:
-    """The rows of the batches of the units that are left."""
-    stream = iter(rows)
-    for start, stop in left:
-        for first in range(start, stop, batch):
-            chunk = []
-            while len(chunk) < min(batch, stop - first):
-                row = next(stream)
-                if row.index >= first:
-                    chunk.append(row)
-            yield chunk
-
-
-@dataclasses.dataclass
-class _Prepared:
-    """A batch whose images are read: those of other processes are grey, those of unusable rows too."""
-
-    rows: list[Row]
-    images: list[list[np.ndarray]]
-    errors: dict[int, str]
-
-
-class _Maker:
-    """Turns batches of rows into results.
-
-    Attributes:
-      facts: what every result's metadata says of how it was made.
-    """
-
-    def __init__(self, job: Job, pipeline: UniAlignPipeline, batch: int, *, strict: bool):
-        self._job, self._pipeline, self._strict = job, pipeline, strict
-        self._held, self._owned = pipeline.batches.held(batch), pipeline.batches.owned(batch)
-        self._size = inputs.image_size(
-            pipeline.networks, pipeline.size, job.options.get("size"), job.options.get("aspect")
-        )
-        self._grey = np.full((*self._size, 3), 127, np.uint8)
-        protocol = pipeline.protocol if "protocol" not in job.options else presets.protocol(job.options["protocol"])
-        settled = protocol.settle(job.task, **job.options)
-        self.facts = {"task": job.task, "dtype": job.dtype, **job.options, **settled}
-
-    def check(self, rows: Rows) -> None:
-        """Refuses strict rows whose question is too long, in every process, before any makes one."""
-        if self._strict and self._job.task == "answer":
-            for prompt in {row.prompt for row in rows}:
-                self._pipeline.encode_question(prompt, self._job.options.get("protocol"))
-
-    def read(self, rows: list[Row] | None) -> _Prepared | None:
-        """Reads the images of the rows that this process works on, and finds out which rows can't be made."""
-        if rows is None:
-            return None
-        images, errors = [], {}
-        for i, row in enumerate(rows):
-            pictures = [self._grey] * max(len(row.images), self._job.task != "generate")
-            try:
-                if row.error is not None:
-                    raise ValueError(row.error)
-                if self._job.task == "answer":
-                    self._pipeline.encode_question(row.prompt, self._job.options.get("protocol"))
-                if self._held[i]:
-                    pictures = [inputs.pixels(path, *self._size) for path in row.images]
-            except ValueError as error:
-                if self._strict:
-                    raise
-                errors[i] = str(error)
-            images.append(pictures)
-        return _Prepared(rows, images, errors)
-
-    def __call__(self, prepared: _Prepared) -> list[Made]:
-        """The results of the rows that this process owns."""
-        rows, pipeline = prepared.rows, self._pipeline
-        if all(row.error is not None for row in rows):  # which all processes know
-            return self._owned_of(prepared, [None] * len(rows))
-        prompts = [" " if i in prepared.errors else row.prompt for i, row in enumerate(rows)]
-        options = dict(self._job.options) | {"seed": [row.seed for row in rows], "gather": False}
-        task = self._job.task
-        if task == "generate":
-            made = pipeline.generate(prompts, output="array", **options)
-        elif task == "caption":
-            made = pipeline.caption([images[0] for images in prepared.images], **options)
-        elif task == "answer":
-            made = pipeline.answer([images[0] for images in prepared.images], prompts, **options)
-        else:
-            made = pipeline.compose(prepared.images, prompts, output="array", **options)
-        return self._owned_of(prepared, made)
-
-    def _owned_of(self, prepared: _Prepared, made: Sequence[np.ndarray | str | None]) -> list[Made]:
-        rows = prepared.rows
-        errors = [prepared.errors.get(i) for i in range(len(rows))]
-        return [x for x, mine in zip(zip(rows, made, errors, strict=True), self._owned, strict=False) if mine]
-
-
-def write_grid(output: PngFiles, directory: epath.Path, count: int) -> None:
-    """Lays the first images of a run out in `grid.png`; rows that could not be made are left out."""
-    paths = [path for path in map(output.path, range(count)) if path.exists()]
-    if not paths:
-        return
-    images = []
-    for path in paths:
-        with path.open("rb") as file:
-            images.append(np.asarray(Image.open(file)))
-    grid = image_grid(np.stack(images), columns=int(np.ceil(np.sqrt(len(images)))))
-    with (directory / "grid.png").open("wb") as file:
-        Image.fromarray(grid).save(file, "PNG")
