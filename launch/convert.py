@@ -46,7 +46,7 @@ def main() -> None:
     from unialign_jax import convert, exports, lineage, storage
     from unialign_jax.convert import configs
 
-    is_run = lineage.is_run(_SOURCE.value)
+    is_run, source = lineage.is_run(_SOURCE.value), lineage.pinned(_SOURCE.value)
     if (_MASK_TOKEN.value or _TEACHER.value) and (is_run or _TO.value == "torch"):
         raise convert.ConversionError("--mask_token and --teacher go with --to=jax and a public directory")
     if _CHECK.value and _TO.value == "jax" and (is_run or _MASK_TOKEN.value):
@@ -61,7 +61,7 @@ def main() -> None:
             "result with --to=torch --check instead"
         )
     if _TO.value == "jax" and is_run:
-        report = exports.to_jax(_SOURCE.value, _TARGET.value, average=_AVERAGE.value, progress=_PROGRESS.value)
+        report = exports.to_jax(source, _TARGET.value, average=_AVERAGE.value, progress=_PROGRESS.value)
     elif _TO.value == "jax":
         report = convert.to_jax(
             _SOURCE.value,
@@ -72,22 +72,22 @@ def main() -> None:
             progress=_PROGRESS.value,
         )
     else:
-        report = exports.to_torch(_SOURCE.value, _TARGET.value, average=_AVERAGE.value, progress=_PROGRESS.value)
+        report = exports.to_torch(source, _TARGET.value, average=_AVERAGE.value, progress=_PROGRESS.value)
     print(report)
     if _CHECK.value:
-        _check()
+        _check(source)
 
 
-def _check() -> None:
+def _check(source: str) -> None:
     from unialign_jax import convert, storage, torch_check
 
-    ours, theirs = (_TARGET, _SOURCE) if _TO.value == "jax" else (_SOURCE, _TARGET)
+    ours, theirs = (_TARGET.value, source) if _TO.value == "jax" else (source, _TARGET.value)
     options = {"steps": _STEPS.value, "seed": _SEED.value, "average": _AVERAGE.value}
     prompt = _PROMPT.value or torch_check.PROMPT
-    found = torch_check.compare(ours.value, storage.absolute(theirs.value), prompt=prompt, **options)
+    found = torch_check.compare(ours, storage.absolute(theirs), prompt=prompt, **options)
     print("\n".join(map(str, found)))
     if different := [difference.task for difference in found if not difference.same]:
-        raise convert.ConversionError(f"{ours.value} and {theirs.value} differ in {', '.join(different)}")
+        raise convert.ConversionError(f"{ours} and {theirs} differ in {', '.join(different)}")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def main() -> None:
     # Late: a wrong flag is said without loading JAX.
     import jax
 
-    from unialign_jax import parallel, storage
+    from unialign_jax import lineage, parallel, storage
     from unialign_jax.evaluation import evaluate, scenes
     from unialign_jax.pipeline import UniAlignPipeline
 
@@ -59,8 +59,9 @@ def main() -> None:
     _start()
     mesh = parallel.make_mesh(_STRATEGY.value)
     parts = parallel.batch_parts(mesh)
+    checkpoint = lineage.pinned(_CHECKPOINT.value)
     pipeline = UniAlignPipeline.from_pretrained(
-        _CHECKPOINT.value,
+        checkpoint,
         mesh,
         dtype=_DTYPE.value,
         average=_AVERAGE.value,
@@ -76,7 +77,7 @@ def main() -> None:
         count=_COUNT.value,
         protocol=protocol,
         about={
-            "checkpoint": _CHECKPOINT.value,
+            "checkpoint": checkpoint,
             "average": _AVERAGE.value,
             "benchmark": _BENCHMARK.value,
             "dtype": _DTYPE.value,

@@ -173,9 +173,13 @@ start() {
     [[ -n "$has_config" && -n "$has_workdir" ]] ||
       fail "start needs train.py's arguments after --: -- --config=configs/FILE.py:STAGE --workdir=gs://BUCKET/DIRECTORY"
   fi
-  # A session of its own outlives ssh.
+  arguments=$(printf %q "$(printf '%q ' "${program[@]}")")
+  # A session of its own outlives ssh. Workers that go on beside others with new arguments would train a mixture.
   command="cd ~/unialign_jax || exit 1
-if [ -e run.pid ] && grep -qs tpu_vm.sh \"/proc/\$(cat run.pid)/cmdline\"; then echo \"already running\"; exit 0; fi
+if [ -e run.pid ] && grep -qs tpu_vm.sh \"/proc/\$(cat run.pid)/cmdline\"; then
+[ \"\$(cat run.args)\" = $arguments ] && echo \"already running\" && exit 0
+echo \"already running, with other arguments; stop it first: \$(cat run.args)\" >&2; exit 1; fi
+printf '%s' $arguments > run.args
 nohup setsid bash launch/tpu_vm.sh work"
   command+=$(printf ' %q' "--generation=$generation" "--slices=$slices" "--restarts=$restarts" -- "${program[@]}")
   command+=" >> run.log 2>&1 < /dev/null &

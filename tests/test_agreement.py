@@ -32,6 +32,27 @@ def test_whether_an_unknown_error_comes_again_is_passed_on(monkeypatch, final):
     assert caught.value.final is final
 
 
+def test_a_failure_comes_before_those_that_only_waited_for_it(monkeypatch):
+    elsewhere(monkeypatch, "JaxRuntimeError", "DEADLINE_EXCEEDED: Barrier timed out", False)
+
+    def fails():
+        raise OSError("disk quota exceeded")
+
+    with pytest.raises(OSError, match="disk quota exceeded"):
+        agreement.everywhere(fails)
+
+    def waits():
+        try:
+            fails()
+        except OSError:
+            raise TimeoutError("the others did not come")  # noqa: B904
+
+    with pytest.raises(TimeoutError) as caught:
+        waits()
+    assert str(agreement.cause_of(caught.value)) == "disk quota exceeded"
+    assert agreement.cause_of(KeyError("x")).args == ("x",)
+
+
 def test_the_first_failure_is_everyones(monkeypatch):
     elsewhere(monkeypatch, "Comes", "first", True)
 

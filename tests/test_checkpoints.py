@@ -138,6 +138,31 @@ def test_an_error_of_the_background_write_is_raised_by_the_next_call(tmp_path, m
     assert "no space left" in caplog.text
 
 
+def test_a_failed_save_does_not_cost_the_next_one(tmp_path, monkeypatch, caplog):
+    """Whose state is newer. Twice in a row is an error."""
+    rename = os.rename
+
+    def full_disk(source, target):
+        if os.path.basename(target) in ("2", "4", "6", "7"):
+            raise OSError("no space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", full_disk)
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2, 3, 4, 5):
+            caplog.clear()
+            checkpoints.save(step, make_state(step), None, {})
+            assert ("no space left" in caplog.text) == (step in (3, 5))
+        assert checkpoints.all_steps() == [1, 3, 5]
+        checkpoints.save(6, make_state(6), None, {})
+        checkpoints.save(7, make_state(7), None, {})
+        with pytest.raises(OSError, match="no space left"):
+            checkpoints.save(8, make_state(8), None, {})
+    with Checkpoints(tmp_path) as checkpoints:
+        restored, _, _ = checkpoints.restore(make_state())
+        assert int(restored.step) == 5
+
+
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
     def advance(state, steps):
         losses = []
@@ -370,7 +395,12 @@ def test_checksum_formula_and_what_it_notices():
 
 @pytest.mark.parametrize(
     "error",
-    [PermissionError("403"), OSError("502"), ValueError("PERMISSION_DENIED: 403"), ValueError("UNAVAILABLE: x")],
+    [
+        PermissionError("403"),
+        OSError("502"),
+        ValueError("PERMISSION_DENIED: 403"),
+        ValueError("ABORTED: All 32 retry attempts failed: Error reading: HTTP response code: 503"),  # TensorStore's
+    ],
 )
 def test_what_cannot_be_read_for_the_moment_is_not_damaged(tmp_path, monkeypatch, error):
     """A run that was told to go back once would do so again."""

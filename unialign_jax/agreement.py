@@ -26,9 +26,9 @@ class FailedElsewhere(ValueError):
 
 
 def everywhere(call: Callable[[], T], *errors: type[Exception]) -> T:
-    """Calls in every process; if it fails in any, all raise the error of the first that failed.
+    """Calls in every process; if it fails in any, all raise one error: of the first that did not only wait in vain.
 
-    `call` must not wait for other processes itself: one that has failed would not come.
+    `call` should not wait for other processes itself: one that has failed would not come.
 
     Args:
       call: takes no arguments.
@@ -50,15 +50,28 @@ def everywhere(call: Callable[[], T], *errors: type[Exception]) -> T:
     failed = [index for index, outcome in enumerate(outcomes) if outcome is not None]
     if not failed:
         return result
-    if failed[0] == jax.process_index():
+    causes = [index for index in failed if not _is_timeout(*outcomes[index][:2])]
+    first = (causes or failed)[0]
+    if first == jax.process_index():
         raise failure
-    name, message, final = outcomes[failed[0]]
+    name, message, final = outcomes[first]
     kind = next((error for error in errors if error.__name__ == name), None)
     if kind is None:
-        elsewhere = FailedElsewhere(f"process {failed[0]} failed: {name}: {message}")
+        elsewhere = FailedElsewhere(f"process {first} failed: {name}: {message}")
         elsewhere.final = final
         raise elsewhere from failure
     raise kind(message) from failure
+
+
+def cause_of(error: Exception) -> Exception:
+    """What an error followed from, if it is itself no more than that another process was waited for in vain."""
+    while _is_timeout(type(error).__name__, str(error)) and isinstance(error.__context__, Exception):
+        error = error.__context__
+    return error
+
+
+def _is_timeout(name: str, message: str) -> bool:
+    return name == "TimeoutError" or "DEADLINE_EXCEEDED" in message
 
 
 def primary(call: Callable[[], Any], *errors: type[Exception]) -> Any:

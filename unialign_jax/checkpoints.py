@@ -15,6 +15,7 @@ All processes of a run call each method together. What one of them finds wrong, 
 """
 
 import json
+import traceback
 import uuid
 import zlib
 from collections.abc import Callable
@@ -46,6 +47,9 @@ class Replaced(CheckpointError):
 
 # Errors that are the same in every process, whichever found them.
 _SHARED = (CheckpointError, WrongArchitecture, DamagedCheckpoint, Replaced, FileNotFoundError)
+
+
+_WRITING = 300  # seconds that a process waits for the others at the end of a background write
 
 
 class _Manager(ocp.CheckpointManager):
@@ -80,7 +84,7 @@ class Checkpoints:
         read_only: bool = False,
     ):
         self.directory = storage.absolute(directory)
-        self._manager = None
+        self._manager, self._lost = None, False
         self._claim, self._token = self.directory.parent / f"{self.directory.name}.claim", None
         if not read_only:
             agreement.primary(lambda: self.directory.mkdir(parents=True, exist_ok=True), *_SHARED)
@@ -90,7 +94,11 @@ class Checkpoints:
         if not read_only:
             items = {"state": ocp.StandardCheckpointHandler()}
             items |= {name: ocp.JsonCheckpointHandler() for name in ("data", "meta")}
-            options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, keep_period=keep_period)
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=max_to_keep,
+                keep_period=keep_period,
+                async_options=ocp.AsyncOptions(timeout_secs=_WRITING),
+            )
             self._manager = _Manager(self.directory, options=options, item_handlers=items)
 
     def __enter__(self) -> "Checkpoints":
@@ -116,7 +124,8 @@ class Checkpoints:
     def save(self, step: int, state: Any, data_state: Any, meta: dict[str, Any], *, wait: bool = False) -> None:
         """Saves a step. Returns once the arrays have left the device; files are written in the background.
 
-        An error of the background write is raised by the next `save`, `wait` or `close`.
+        An error of the background write is raised by the next `wait` or `close`. The next `save` logs it and goes on,
+        since the state at hand is newer than what was lost; at a second failure in a row it raises it.
 
         Args:
           step: must equal `state.step` and be newer than every saved step.
@@ -134,7 +143,8 @@ class Checkpoints:
         """
         if self._manager is None:
             raise CheckpointError(f"{self.directory} was opened to be read only")
-        newest = self.latest_step()
+        self._settle()
+        newest = max(agreement.primary(lambda: saved_steps(self.directory), *_SHARED), default=None)
         if newest is not None and step <= newest:
             raise CheckpointError(
                 f"{self.directory} already has step {newest}, so step {step} would not be saved. "
@@ -292,13 +302,29 @@ class Checkpoints:
             here = f" on process {jax.process_index()}" if jax.process_count() > 1 else ""
             raise FileNotFoundError(f"{self.directory}: no such checkpoint directory{here}")
 
+    def _settle(self) -> None:
+        """Waits for the save before this one, and forgives it one failure."""
+        try:
+            self.wait()
+        except Replaced:
+            raise
+        except Exception as error:  # of any kind, and in all processes, see `wait`
+            if self._lost:
+                raise
+            self._lost = True
+            logging.error("%s: the save before failed, so this one is tried: %s", self.directory, error)
+            self._manager.reload()
+        else:
+            self._lost = False
+
     def _wait(self) -> None:
         try:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
-        except Exception:
+        except Exception as error:
             self._check_claim()  # if it is another run's doing, this says so
-            raise
+            # After a failure Orbax waits for the other processes, and fails at that.
+            raise agreement.cause_of(error) from None
 
     def _close(self) -> None:
         if self._manager is not None:
@@ -338,6 +364,7 @@ class Checkpoints:
 
     def _advised(self, damage: DamagedCheckpoint, step: int, read: Callable[[int], Any]) -> DamagedCheckpoint:
         """The error with what to do about it: the newest step before that `read` can read."""
+        traceback.clear_frames(damage.__traceback__)  # which hold what was read of the damaged step
         for older in reversed([s for s in self.all_steps() if s < step]):
             try:
                 read(older)

@@ -142,6 +142,9 @@ def _exit(message: str, code: int = 1) -> None:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     if code == FINAL_EXIT_CODE and "jax" in sys.modules:
+        from unialign_jax import distributed  # late: it loads JAX
+
+        distributed.tell_end(message, code)
         # If the other processes go on, JAX waits for them at exit, and then aborts with a code of its own.
         late = threading.Timer(_OTHERS_COME, os._exit, (code,))
         late.daemon = True

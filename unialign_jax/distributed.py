@@ -9,11 +9,16 @@ https://docs.jax.dev/en/latest/multi_process.html
 import collections
 import contextlib
 import functools
+import json
+import os
 import signal
 import socket
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
 import jax
 from jax._src import clusters  # no public way to ask what JAX would detect
@@ -27,6 +32,8 @@ _MARGIN = 20
 _SHUTDOWN = 30
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
 _KEYS = "unialign_jax/"  # of the coordination service's key-value store
+_ENDED = f"{_KEYS}ended"
+_WATCHING = 5  # seconds between two looks at it
 _exchanges: collections.Counter[str] = collections.Counter()  # how often each was used; equal in all processes
 
 
@@ -70,6 +77,32 @@ def initialize(
             shutdown_timeout_seconds=_SHUTDOWN,
         )
     _client().key_value_set(f"{_KEYS}host/{number}", socket.gethostname())
+    threading.Thread(target=_end_with_the_others, args=(_client(),), daemon=True).start()
+
+
+def tell_end(message: str, code: int) -> None:
+    """Ends the other processes, within seconds and wherever they are, with a message and an exit code.
+
+    Otherwise they wait in a collective for one that has failed, until JAX ends them with a code of its own.
+    """
+    if _client() is not None:
+        number = jax_distributed.global_state.process_id
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator is gone, and so the others will be
+            _client().key_value_set(_ENDED, json.dumps([number, message, code]), allow_overwrite=True)
+
+
+def _end_with_the_others(client: Any) -> None:
+    while True:
+        time.sleep(_WATCHING)
+        try:
+            number, message, code = json.loads(client.key_value_try_get(_ENDED))
+        except jax.errors.JaxRuntimeError as error:
+            if "NOT_FOUND" in str(error):
+                continue
+            return  # the coordinator has ended, of which JAX tells
+        if number != jax_distributed.global_state.process_id:
+            print(f"error: process {number} failed: {message}", file=sys.stderr, flush=True)
+            os._exit(code)
 
 
 @contextlib.contextmanager
@@ -175,8 +208,8 @@ class Preemption:
     """Notices SIGTERM, with which clusters announce that a machine goes away, in any process; on its own also Ctrl-C.
 
     Connected processes agree on a step soon after the signal (JAX's preemption service does it in the background), so
-    that all save the same one. A process on its own stops at the next step, on SIGTERM or SIGINT (Ctrl-C); a second
-    signal then ends it as usual.
+    that all save the same one. A process on its own stops at the next step, on SIGTERM or SIGINT (Ctrl-C). A second
+    Ctrl-C then ends it as usual; a second SIGTERM does not, since it may come from a supervisor and the system at once.
 
         with Preemption() as preemption:
             for step in ...:
@@ -207,13 +240,10 @@ class Preemption:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if not self._connected and not self._signalled:
-            self._restore()
+        if not self._connected:
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGINT, self._previous[signal.SIGINT])

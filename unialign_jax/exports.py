@@ -38,7 +38,7 @@ def to_jax(
         raise convert.ConversionError(f"{path} is a converted checkpoint already; copy it")
     config = lineage.config_of(path)
     return convert.write_jax(
-        config["model"],
+        config["model"] | {"drawn": lineage.drawn_of(path)},
         _in_turn(path, config["model"], average),
         target,
         sampling=lineage.sampling_of(config),
@@ -67,8 +67,8 @@ def to_torch(
     if convert.is_converted(path):
         return convert.to_torch(path, target, progress=progress)
     config = lineage.config_of(path)
-    model = config["model"] | {"sampling": lineage.sampling_of(config)}
-    networks = _in_turn(path, model | {"teacher": None}, average)
+    networks = _in_turn(path, config["model"] | {"teacher": None}, average)
+    model = config["model"] | {"sampling": lineage.sampling_of(config), "drawn": lineage.drawn_of(path)}
     tokenizer = lineage.tokenizer_directory(path)
     return convert.write_torch(model, networks, target, tokenizer=tokenizer, progress=progress)
 
@@ -95,7 +95,7 @@ class _Leaf:
 def _in_turn(path: epath.Path, model: Mapping[str, Any], average: bool) -> dict[str, dict[str, _Leaf]]:
     """The networks of a run's step, float32, by name and "/"-joined path.
 
-    The first leaf of a network that is asked for reads it, in the place of the network that was read before.
+    Reading any leaf reads its whole network, and frees the one that was read before.
     """
     here = jax.sharding.SingleDeviceSharding(_host_device())
     wanted = jax.tree.map(

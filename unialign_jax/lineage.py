@@ -25,6 +25,12 @@ def is_run(directory: epath.PathLike) -> bool:
     return (path / "checkpoints").is_dir() or (path.name.isdigit() and path.parent.name == "checkpoints")
 
 
+def pinned(directory: epath.PathLike) -> str:
+    """What a name stands for at this moment: of a run's stage directory its newest step, anything else as it is."""
+    found = agreement.primary(lambda: is_run(directory), ValueError)
+    return str(locate(directory) if found else directory)
+
+
 def locate(directory: epath.PathLike) -> epath.Path:
     """Where exactly the model is that a directory stands for: a run's newest step, if it is a stage directory.
 
@@ -119,7 +125,7 @@ def moved_start(meta: Mapping[str, Any], init: epath.PathLike) -> str:
 
 
 def identity_of(start: str | None) -> dict[str, Any] | None:
-    """What tells a step or a converted directory from another that may later be at its place; None if nothing does."""
+    """By what another checkpoint that has taken this one's place is noticed; None if nothing was recorded."""
     if start is None:
         return None
     if store.is_converted(path := epath.Path(start)):

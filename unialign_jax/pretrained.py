@@ -1,7 +1,7 @@
 """Models from directories: a run's stage, one of its steps, a converted or a public one, all read the same way."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -263,9 +263,9 @@ def sampled(networks: Networks, mesh: Mesh | None) -> dict[str, Any]:
     return Tuning(trained=()).cast_frozen_kernels(placed, jnp.dtype(networks.transformer.dtype))
 
 
-def warn_of_drawn(path: epath.Path) -> None:
+def warn_of_drawn(path: epath.PathLike, drawn: Sequence[str]) -> None:
     """Warns, on the log, of a model with parts that are still as they were drawn; see `lineage.drawn_of`."""
-    if drawn := lineage.drawn_of(path):
+    if drawn:
         logging.warning(
             "%s is made of weights without %d tensors of the network, such as %s, which were drawn and not trained: it "
             "is a start for training the whole model, not by LoRA, which leaves them, and none to sample from yet",
@@ -275,7 +275,7 @@ def warn_of_drawn(path: epath.Path) -> None:
 
 def _load_converted(path: epath.Path, dtype: str, mesh: Mesh | None) -> Model:
     description = store.read_config(path)
-    warn_of_drawn(path)
+    warn_of_drawn(path, description.get("drawn", []))
     networks = build_networks(dict(description) | {"teacher": None}, dtype=dtype)
     params = {}
     for name, tree in sampled(networks, mesh).items():
@@ -288,6 +288,7 @@ def _load_public(path: epath.Path, dtype: str, mesh: Mesh | None) -> Model:
     pipeline = open_pipeline(path)
     if pipeline.tokenizer is None:
         raise FileNotFoundError(f"{path} holds no tokenizer; copy the whole pipeline directory")
+    warn_of_drawn(path, pipeline.model.get("drawn", []))
     networks = build_networks(dict(pipeline.model) | {"teacher": None}, dtype=dtype)
     wanted = sampled(networks, mesh)
     params = {name: pipeline.read(name, tree) if tree else {} for name, tree in wanted.items()}
@@ -312,7 +313,7 @@ def _published(networks: Networks, params: Any, description: Mapping[str, Any], 
 
 def _load_step(path: epath.Path, dtype: str, average: bool, mesh: Mesh | None) -> Model:
     config = lineage.config_of(path)
-    warn_of_drawn(path)
+    warn_of_drawn(path, lineage.drawn_of(path))
     networks = build_networks(config["model"] | {"teacher": None}, dtype=dtype)
     return Model(
         networks=networks,

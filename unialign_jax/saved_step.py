@@ -18,8 +18,8 @@ CHECKSUMS = "checksums"  # in the step's meta
 _READ_ERRORS = (ValueError, OSError, KeyError, TypeError)
 # Of these, what tells of damage; others come of a disk or a store that does not answer, or not to us.
 _DAMAGE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
-# How TensorStore says the same.
-_PASSING = ("UNAVAILABLE", "PERMISSION_DENIED", "UNAUTHENTICATED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
+# How TensorStore says the same; after its own attempts it calls all that may pass ABORTED.
+_PASSING = ("ABORTED", "UNAVAILABLE", "PERMISSION_DENIED", "UNAUTHENTICATED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
 
 
 class CheckpointError(ValueError):

@@ -236,7 +236,7 @@ def test_teachers_that_do_not_fit(pipeline, qwen, refused, edit_json):
     refused(pipeline, "image and caption vectors must have one width", teacher=folder)
 
 
-def test_targets(pipeline, tmp_path):
+def test_targets(pipeline, tmp_path, monkeypatch):
     target = tmp_path / "target"
     target.mkdir()
     (target / "mine.txt").write_text("kept")
@@ -244,6 +244,12 @@ def test_targets(pipeline, tmp_path):
         convert.to_jax(pipeline, target, progress=False)
     assert (target / "mine.txt").read_text() == "kept"
     (target / "mine.txt").unlink()
+    (tmp_path / "link").symlink_to(target)
+    monkeypatch.chdir(target)
+    for other in (tmp_path / "link", ".", target):
+        with pytest.raises(convert.ConversionError, match="a link, a mount point or the current directory"):
+            convert.to_jax(pipeline, other, progress=False)
+    monkeypatch.chdir(tmp_path)
     convert.to_jax(pipeline, target, progress=False)  # an empty directory is taken
     with pytest.raises(convert.ConversionError, match="is a converted checkpoint already"):
         convert.to_jax(target, tmp_path / "other", progress=False)

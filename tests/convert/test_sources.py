@@ -94,8 +94,13 @@ def test_sd3_takes_its_vocabulary_from_the_tokenizer(sd3, tmp_path, qwen, caplog
     assert json.loads((tmp_path / "torch/model_index.json").read_text())["tokenizer"][1] == "T5TokenizerFast"
     copied = Tokenizer.from_file(str(tmp_path / "torch/tokenizer/tokenizer.json"))
     assert copied.encode("ab").ids == tokenizer.encode("ab").ids
-    pretrained.load(tmp_path / "jax", dtype="float32")
-    assert "which were drawn and not trained: it is a start for training the whole model" in caplog.text
+    for place in ("jax", "torch"):
+        caplog.clear()
+        pretrained.load(tmp_path / place, dtype="float32")
+        assert "which were drawn and not trained: it is a start for training the whole model" in caplog.text
+    convert.to_jax(tmp_path / "torch", tmp_path / "again", progress=False)
+    drawn = [convert.read_config(tmp_path / place)["drawn"] for place in ("jax", "again")]
+    assert drawn[0] == drawn[1] and "sampling" not in convert.read_config(tmp_path / "again")
 
 
 def test_sd3_stored_in_halves_with_a_variant_beside_it(sd3, tmp_path):

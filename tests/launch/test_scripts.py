@@ -103,6 +103,31 @@ def test_start_passes_the_programs_arguments_through_both_shells():
     assert subprocess.run(["bash", "-n", "-c", remote]).returncode == 0
 
 
+def test_a_worker_that_runs_is_not_started_again(tmp_path):
+    """The command of `start`, run here beside a stand-in for the worker's supervisor."""
+
+    def start(*arguments):
+        (command,) = dry_run("start", *TPU, "--type=v6e-16", "--", *TRAIN, *arguments)
+        (remote,) = [word.removeprefix("--command=") for word in command if word.startswith("--command=")]
+        return subprocess.run(
+            ["bash", "-c", remote], env=os.environ | {"HOME": str(tmp_path)}, capture_output=True, text=True
+        )
+
+    launch = tmp_path / "unialign_jax/launch"
+    launch.mkdir(parents=True)
+    (launch / "tpu_vm.sh").write_text("echo started\nexec -a tpu_vm.sh sleep 60\n")
+    try:
+        assert start("--config.seed=3").returncode == 0
+        pid = int((tmp_path / "unialign_jax/run.pid").read_text())
+        again = start("--config.seed=3")
+        assert again.returncode == 0 and again.stdout == "already running\n"
+        other = start("--config.seed=4")
+        assert other.returncode == 1 and "with other arguments; stop it first" in other.stderr
+        assert "--config.seed=3" in other.stderr and (tmp_path / "unialign_jax/run.pid").read_text() == f"{pid}\n"
+    finally:
+        os.killpg(pid, signal.SIGKILL)
+
+
 def test_run_has_every_worker_run_a_program_with_the_generations_flags():
     program = ["launch/sample.py", "--task=generate", "--prompt=a red bicycle"]
     (command,) = dry_run("run", *TPU, "--type=v5litepod-256", "--", *program)

@@ -17,8 +17,9 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
-from unialign_jax import sampling
+from unialign_jax import exports, sampling
 from unialign_jax.pipeline import UniAlignPipeline
+from unialign_jax.sampling.outputs import is_result
 from unialign_jax.sampling.rows import FileRows
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -108,9 +109,16 @@ def test_rows_that_cannot_be_made_are_named_and_the_others_are_made(run, picture
     }.items():  # fmt: skip
         assert part in errors[row], errors
     assert Image.open(tmp_path / "out/002.png").text["seed"] == "99"
-    assert run("edit", prompts=file, progress=True).failed == 0  # nothing is left to make
-    assert f"all 10 rows are in {tmp_path / 'out'} already" in capsys.readouterr().err
+    assert run("edit", prompts=file, progress=True).failed == 8  # nothing is left to make
+    said = capsys.readouterr().err
+    assert f"all 10 rows are in {tmp_path / 'out'} already" in said and "but for 8 that could not be made" in said
     assert contents(tmp_path / "out") == found
+    # What can be made by now is made where its error file is gone; so it is where a unit is made again anyway.
+    shutil.copy(pictures / "0.png", pictures / "nowhere.png")
+    (tmp_path / "out/000.png").unlink()
+    assert run("edit", prompts=file).failed == 1  # of its unit
+    (pictures / "nowhere.png").unlink()
+    assert contents(tmp_path / "out").keys() == found.keys() - {"001.error.json"} | {"001.png"}
 
 
 def test_shards(run, pictures, tmp_path):
@@ -174,6 +182,60 @@ def test_a_run_of_which_nothing_can_be_made_fails(run, pictures, tmp_path):
     with pytest.raises(ValueError, match="not one of 2 rows could be made"):
         run("caption", prompts=file)
     assert "broken.png" in (tmp_path / "out/shard-000000000-000000002.errors.jsonl").read_text()
+    with pytest.raises(ValueError, match="not one of 2 rows could be made"):  # though nothing is left to do
+        run("caption", prompts=file)
+
+
+def test_other_weights_in_the_place_of_those_it_began_with_are_refused(run, stage, tmp_path):
+    exports.to_jax(stage[0], tmp_path / "model", progress=False)
+    job = {"options": FEW, "dtype": "float32", "progress": False, "prompt": "a red square"}
+    job = sampling.Job(tmp_path / "model", "generate", tmp_path / "out", **job)
+    sampling.sample(job)
+    assert sampling.sample(job).failed == 0
+    shutil.rmtree(tmp_path / "model")
+    exports.to_jax(stage[0], tmp_path / "model", average=False, progress=False)
+    with pytest.raises(ValueError, match="where other weights are now"):
+        sampling.sample(job)
+
+
+def test_an_image_with_another_content_is_another_request(run, pictures, tmp_path):
+    place = tmp_path / "place.png"
+    shutil.copy(pictures / "0.png", place)
+    run("caption", images=(str(place),))
+    shutil.copy(pictures / "1.png", place)
+    with pytest.raises(ValueError, match="another sampling run .*requests was"):
+        run("caption", images=(str(place),))
+
+
+def test_names_of_files_need_not_be_unicode(run, pictures, tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    shutil.copy(pictures / "0.png", tmp_path / name)
+    file = jsonl(tmp_path / "rows.JSONL", [{"prompt": "a red square", "image": name}])
+    run("edit", prompts=file)
+    assert "caf\\udce9.png" in Image.open(tmp_path / "out/000.png").text["images"]
+    run("edit", output=tmp_path / "tar", prompts=file, format="webdataset")
+    assert len(tar_images((tmp_path / "tar").glob("*.tar"))) == 1
+
+
+def test_odd_files_of_prompts(run, tmp_path):
+    (tmp_path / "wide.txt").write_bytes("a red square\n".encode("utf-16"))
+    with pytest.raises(ValueError, match="wide.txt is UTF-16; save it as UTF-8"):
+        run(prompts=tmp_path / "wide.txt")
+    file = jsonl(tmp_path / "deep.jsonl", ["[" * 100_000 + "\n", {"prompt": "a red square"}])
+    deep, whole = FileRows("generate", 0, file)
+    assert "deep.jsonl, line 1: " in deep.error and whole.error is None
+
+
+def test_home_is_understood_in_images(run, pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(pictures))
+    assert run("caption", images=("~/0.png",)).failed == 0
+
+
+def test_what_a_killed_write_leaves_is_no_result(tmp_path):
+    for name in ("shard-000000000-000000002.jsonl.partial", "20240131", "run.json", "grid.png"):
+        assert not is_result(tmp_path / name)
+    for name in ("shard-000000000-000000002-0001of0004.jsonl", "00012", "012.png", "012.error.json"):
+        assert is_result(tmp_path / name)
 
 
 def test_texts(run, stage, pictures, tmp_path, capsys):
@@ -190,9 +252,9 @@ def test_texts(run, stage, pictures, tmp_path, capsys):
     assert "leaves no room for an answer" in error.read_text()
 
 
-def test_a_run_of_another_request_is_not_mixed_in(run, tmp_path):
-    with pytest.raises(ValueError, match="nowhere.png"):
-        run("edit", prompt="a red square", images=("nowhere.png",))
+def test_a_run_of_another_request_is_not_mixed_in(run, pictures, tmp_path):
+    with pytest.raises(ValueError, match="broken.png"):
+        run("edit", prompt="a red square", images=(str(pictures / "broken.png"),))
     # That one has made nothing, so the directory is free.
     (tmp_path / "out" / "notes.txt").touch()
     run(prompt="a red square", count=2)

@@ -5,7 +5,16 @@ import json
 import ml_collections
 import pytest
 
-from unialign_jax.training.saved_config import ConfigChanged, as_json, check_unchanged, differences, library_versions
+from unialign_jax.training import saved_config
+from unialign_jax.training.run_config import ConfigError
+from unialign_jax.training.saved_config import (
+    ConfigChanged,
+    as_json,
+    check_same,
+    check_unchanged,
+    differences,
+    library_versions,
+)
 
 
 def make_config(**changes):
@@ -68,6 +77,15 @@ def test_keys_that_exist_on_one_side_only():
 def test_how_to_resume_is_no_difference():
     changed = as_json(make_config(**{"resume_step": 5, "allow_changed": ("steps",), "protocol": "plain"}))
     assert check_unchanged(as_json(make_config()), changed, ()) == {}
+
+
+def test_processes_with_other_configs_are_refused(monkeypatch):
+    one, other = as_json(make_config()), as_json(make_config(**{"optimizer.learning_rate": 3e-5}))
+    monkeypatch.setattr(saved_config.agreement, "gather", lambda config: [config, config, other])
+    with pytest.raises(ConfigError, match="process 0 and process 2 differ .optimizer.learning_rate: 0.0001 and"):
+        check_same(one)
+    monkeypatch.undo()
+    check_same(one)
 
 
 def test_versions_are_recorded():

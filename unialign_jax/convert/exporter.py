@@ -86,7 +86,7 @@ def write_torch(
 
     Args:
       model: config fields as `networks.build_networks` takes them and `store.read_config` returns them; without
-        `scheduler`, SD3's is written. `sampling` goes into a file that only this package reads.
+        `scheduler`, SD3's is written. `sampling` and `drawn` go into a file that only this package reads.
       networks: network -> parameters, nested or by "/"-joined path; leaves are float32, float16 or bfloat16 `Leaf`s.
         A pixel codec has none, and becomes a `vae/config.json` that only this package reads.
       target, shard_size, progress: see `to_torch`.
@@ -128,8 +128,9 @@ def write_torch(
         has_tokenizer = workspace.copy_tokenizer(tokenizer, partial / "tokenizer")
         _write_configs(partial, fields, model.get("scheduler", configs.SCHEDULER))
         configs.write_json(partial / "model_index.json", configs.model_index(model, has_tokenizer))
-        if model.get("sampling"):
-            configs.write_json(partial / store.SAMPLING_FILE, model["sampling"])
+        drawn = {"drawn": model["drawn"]} if model.get("drawn") else {}
+        if sampling := {**model.get("sampling", {}), **drawn}:
+            configs.write_json(partial / store.SAMPLING_FILE, sampling)
         if "teacher" in exports:
             workspace.copy_tokenizer(teacher_tokenizer, partial / "teacher")
     return Report(target, sizes)
@@ -148,7 +149,7 @@ def write_jax(
     """Writes networks as a converted directory, each read when its turn comes.
 
     Args:
-      model: config fields as `networks.build_networks` takes them.
+      model: config fields as `networks.build_networks` takes them, and `drawn`, see `store.read_config`.
       networks: network -> parameters, nested or by "/"-joined path; leaves are `Leaf`s. A pixel codec has none.
       target: a local directory that does not exist or is empty.
       sampling: what a sampler takes where it is told nothing else, see `store.read_config`.
@@ -183,6 +184,8 @@ def write_jax(
             "sampling": dict(sampling),
             "checksums": checksums,
         }
+        if model.get("drawn"):
+            facts["drawn"] = list(model["drawn"])
         configs.write_json(partial / store.MODEL_FILE, {**store.HEADER, **fields, **facts})
     return Report(target, sizes)
 

@@ -260,9 +260,13 @@ def _model(folders: _Folders, components: dict[str, Component]) -> dict[str, Any
     }
     index = folders.source / "model_index.json"
     model["pipeline"] = configs.pipeline_classes(configs.read_json(index) if index.exists() else {})
-    if (folders.source / store.SAMPLING_FILE).exists():
-        model["sampling"] = configs.read_json(folders.source / store.SAMPLING_FILE)
-    if drawn := _drawn(components):
+    drawn, file = _drawn(components), folders.source / store.SAMPLING_FILE
+    if file.exists():
+        sampling = configs.read_json(file)
+        drawn += sampling.pop("drawn", [])
+        if sampling:
+            model["sampling"] = sampling
+    if drawn:
         model["drawn"] = drawn
     return {**store.HEADER, **model}
 

@@ -27,7 +27,7 @@ from unialign_jax.convert.errors import ConversionError
 
 MODEL_FILE = "model.json"
 TEACHER_TOKENIZER = "teacher_tokenizer"
-SAMPLING_FILE = "sampling.json"  # in a public pipeline directory: what `model.json` says under `sampling`
+SAMPLING_FILE = "sampling.json"  # in a public pipeline directory: what `model.json` says under `sampling`, and `drawn`
 HEADER = {"format": "unialign_jax", "version": 1}
 # Arrays are stored in chunks of at most this size, so that a host which holds a shard reads little beside it.
 CHUNK_BYTES = 64 * 2**20

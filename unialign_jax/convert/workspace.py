@@ -49,13 +49,17 @@ def new_directory(target: pathlib.Path, size: int) -> Iterator[pathlib.Path]:
 
 
 def check_target(target: pathlib.Path) -> None:
-    """Refuses a target that holds anything.
+    """Refuses a target that holds anything, or that a directory can't be renamed to.
 
     Raises:
       ConversionError: naming it.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConversionError(f"{target} exists and is not empty: choose another target, or remove it")
+    if target.is_symlink() or target.is_mount() or target.absolute() == pathlib.Path.cwd():
+        raise ConversionError(
+            f"{target} is a link, a mount point or the current directory: name a new directory, in it or elsewhere"
+        )
 
 
 def progress_bar(total: int, shown: bool) -> tqdm.tqdm:

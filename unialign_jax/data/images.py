@@ -40,7 +40,7 @@ _UPRIGHT = {
 _TURNED = (5, 6, 7, 8)  # those that exchange height and width
 _CUT_SHORT = ("truncated", "not enough", "eof", "end of file")
 _LONGEST_SHOWN = 300
-_NO_FILE = (errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)  # what no later attempt changes
+_NO_FILE = (errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM)  # what no later attempt changes
 _TIFF_WIDTH, _TIFF_HEIGHT = 256, 257
 _PNG_SIGNATURE_BYTES = 8
 # The texts of a PNG in which Pillow looks for an orientation, besides its chunk of EXIF.

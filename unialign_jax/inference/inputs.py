@@ -1,8 +1,10 @@
 """What callers hand in, made into arrays or refused with one clear error, before anything is compiled."""
 
+import contextlib
+import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -182,9 +184,9 @@ def pixels(image: ImageLike, height: int, width: int) -> np.ndarray:
       ValueError: it is none of these, or no whole image.
       OSError: it is there and can't be read.
     """
-    try:
+    with _told():
         if isinstance(image, str | os.PathLike):
-            return image_files.load(os.fspath(image), height, width)
+            return image_files.load(os.path.expanduser(image), height, width)
         if isinstance(image, np.ndarray):
             grey = image.ndim == 2
             if image.dtype != np.uint8 or not (grey or (image.ndim == 3 and image.shape[-1] in (3, 4))):
@@ -200,6 +202,23 @@ def pixels(image: ImageLike, height: int, width: int) -> np.ndarray:
         if not isinstance(image, Image.Image):
             raise ValueError(f"an image is a path, a PIL image or an array, not a {type(image).__name__}")
         return _fitted(image, height, width)
+
+
+def digest(path: str) -> str:
+    """Of an image file's bytes: what tells it from another that takes its place.
+
+    Raises:
+      ValueError: there is no such file.
+      OSError: it is there and can't be read.
+    """
+    with _told():
+        return hashlib.sha256(image_files.read(os.path.expanduser(path))).hexdigest()
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
     except Refused as refused:
         if refused.cause == Cause.UNREADABLE_IMAGE:  # by now: it may be readable later
             raise OSError(f"image {refused}") from refused

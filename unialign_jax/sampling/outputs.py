@@ -19,6 +19,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from PIL import Image, PngImagePlugin
 
+from unialign_jax import storage
 from unialign_jax.data.images import image_grid
 from unialign_jax.sampling.rows import TEXT_TASKS, Row
 from unialign_jax.storage import write_whole
@@ -51,6 +52,10 @@ class Output(Protocol):
         """What a user is told of a unit: texts themselves; of images, the files that they are in."""
         ...
 
+    def failures(self) -> int:
+        """How many rows the files that were there at first say could not be made, by any process."""
+        ...
+
 
 def make_output(format_name: str, directory: epath.Path, task: str, count: int) -> Output:
     """The output of a run.
@@ -71,7 +76,7 @@ def make_output(format_name: str, directory: epath.Path, task: str, count: int) 
 
 def is_result(path: epath.Path) -> bool:
     """Whether something in a run's directory was made by a run, in any format; `run.json` and the grid are not."""
-    return bool(re.fullmatch(r"shard-\d.*|\d{3,}(\.png|\.error\.json)|\d{5,}", path.name))
+    return bool(re.fullmatch(r"shard-\d.*\.(jsonl|array_record|tar)|\d{3,}(\.png|\.error\.json)|\d{5}", path.name))
 
 
 class PngFiles:
@@ -100,9 +105,14 @@ class PngFiles:
                 write_whole(path.with_name(f"{path.stem}.error.json"), _json_line(row, facts, error=error))
             else:
                 write_whole(path, encode_png(image, _metadata(row, facts)))
+                if (failed := f"{path.stem}.error.json") in self._there:  # an earlier attempt at this unit
+                    path.with_name(failed).unlink()
 
     def told(self, start: int, stop: int, made: Sequence[Made]) -> list[str]:
         return [str(self.path(row.index)) for row, _, error in made if error is None]
+
+    def failures(self) -> int:
+        return sum(name.endswith(".error.json") for name in self._there)
 
     def write_grid(self, count: int) -> None:
         """Lays the first `count` images out in `DIRECTORY/grid.png`; rows that could not be made are left out."""
@@ -145,12 +155,17 @@ class _Shards:
         texts = [item for _, item, error in made if error is None and isinstance(item, str)]
         return texts if self._extension == "jsonl" else [str(self._directory / self._name(start, stop))] * bool(made)
 
+    def failures(self) -> int:
+        files = self._directory.glob("shard-*.errors.jsonl")
+        return sum(len(storage.read(path).splitlines()) for path in files)
+
 
 def encode_png(image: np.ndarray, metadata: dict[str, Any]) -> bytes:
     """uint8 `[H, W, 3]` as PNG with its metadata as international text chunks; the same bytes every time."""
     text = PngImagePlugin.PngInfo()
     for key, value in metadata.items():
-        text.add_itxt(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        value = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        text.add_itxt(key, value.encode("utf-8", "backslashreplace").decode())  # names of files may be no UTF-8
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG", pnginfo=text)
     return buffer.getvalue()
@@ -190,7 +205,7 @@ def _tar(made: Sequence[tuple[Row, np.ndarray]], facts: dict[str, Any]) -> bytes
             metadata = _metadata(row, facts)
             files = {
                 "png": encode_png(image, metadata),
-                "json": json.dumps(metadata, ensure_ascii=False).encode(),
+                "json": json.dumps(metadata, ensure_ascii=False).encode("utf-8", "backslashreplace"),
                 "txt": row.prompt.encode(),
             }
             for extension, data in files.items():

@@ -1,5 +1,6 @@
 """What a sampling run is asked for, row by row: from flags, a text file or JSONL, streamed."""
 
+import codecs
 import dataclasses
 import hashlib
 import json
@@ -109,7 +110,8 @@ class FlagRows(Rows):
         groups = [tuple(images)] if task in ("generate", "compose") else [(image,) for image in images]
         self._requests = [(prompt, group) for group in groups for _ in range(count)]
         self.count, self.strict = len(self._requests), True
-        self.digest = hashlib.sha256(json.dumps(self._requests).encode()).hexdigest()[:16]
+        contents = [inputs.digest(image) for image in images if image]
+        self.digest = hashlib.sha256(json.dumps([self._requests, contents]).encode()).hexdigest()[:16]
 
     def __iter__(self) -> Iterator[Row]:
         for index, (prompt, images) in enumerate(self._requests):
@@ -134,12 +136,14 @@ class FileRows(Rows):
     def __init__(self, task: str, seed: int, path: epath.PathLike):
         super().__init__(task, seed)
         self._path = epath.Path(path).expanduser()
-        self._is_json = self._path.suffix in (".jsonl", ".ndjson", ".json")
+        self._is_json = self._path.suffix.lower() in (".jsonl", ".ndjson", ".json")
         if not self._is_json and task in NEEDS_IMAGE:
             raise ValueError(f"{self._path}: lines of a text file are prompts, but {task} needs images: use JSONL")
         digest = hashlib.sha256()
         with storage.open_to_scan(self._path) as file:
             for line in file:
+                if not self.count and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    raise ValueError(f"{self._path} is UTF-16; save it as UTF-8")
                 digest.update(line)
                 self.count += bool(line.strip())
         if not self.count:
@@ -162,7 +166,7 @@ class FileRows(Rows):
             value = json.loads(text)
             if not isinstance(value, dict):
                 raise ValueError(f"a JSON object was expected, not a {type(value).__name__}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return Row(index, "", (), 0, f"{self._path}, line {number}: {error}")
         prompt, images = _published(self.task, value)
         row = self._row(index, prompt, images, value.get("seed"))

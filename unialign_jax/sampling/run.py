@@ -90,13 +90,20 @@ class Result:
 
     Attributes:
       rows: in all.
-      failed: rows that this process could not make, now and in this process only; files name them.
+      failed: rows that this process could not make now, or, where all were done before, that no process could; files
+        name them.
       shown: texts or files of the first results, of a run from flags that made them just now.
     """
 
     rows: int
     failed: int
     shown: tuple[str, ...]
+
+
+class NothingMade(ValueError):
+    """Not one row of a run could be made."""
+
+    final = True  # see `cli.run`
 
 
 def sample(job: Job) -> Result:
@@ -114,9 +121,18 @@ def sample(job: Job) -> Result:
     batch = _batch_size(job, mesh, rows.count)
     unit = batch if job.format == "png" and job.task not in TEXT_TASKS else -(-job.shard_rows // batch) * batch
     directory = storage.absolute(job.output)
-    is_run = agreement.primary(lambda: lineage.is_run(job.checkpoint), ValueError)
-    newest = str(lineage.locate(job.checkpoint) if is_run else job.checkpoint)
-    weights = agreement.primary(lambda: _claim(job, directory, rows, batch, unit, newest), ValueError)
+    newest = lineage.pinned(job.checkpoint)
+    identity = _identity(newest)
+    weights, recorded = agreement.primary(
+        lambda: _claim(job, directory, rows, batch, unit, newest, identity), ValueError
+    )
+    if weights != newest:
+        identity = _identity(weights)
+    if None not in (identity, recorded) and identity != recorded:
+        raise ValueError(
+            f"{directory} was begun with {weights}, where other weights are now, trained or converted anew since: "
+            "choose another directory"
+        )
     agreement.everywhere(lambda: _check_seen(directory), ValueError)
     output = make_output(job.format, directory, job.task, rows.count)
     batches = Batches(mesh, batch, single=True)
@@ -130,8 +146,11 @@ def sample(job: Job) -> Result:
     failed, shown = 0, []
     speaks = job.progress and jax.process_index() == 0
     if not left:
+        failed = agreement.primary(output.failures)
         if speaks:
-            print(f"all {rows.count} rows are in {directory} already, made of {weights}", file=sys.stderr)
+            but = f", but for {failed} that could not be made" if failed else ""
+            print(f"all {rows.count} rows are in {directory} already, made of {weights}{but}", file=sys.stderr)
+        all_failed = failed
     else:
         agreement.everywhere(lambda: _check_images(job), ValueError)
         pipeline = UniAlignPipeline.from_pretrained(
@@ -162,13 +181,13 @@ def sample(job: Job) -> Result:
                     writes.popleft().result()
             for write in writes:
                 write.result()
-    all_failed = sum(agreement.gather(failed))  # and all files are written
+        all_failed = sum(agreement.gather(failed))  # and all files are written
     if job.grid:
         agreement.primary(lambda: output.write_grid(min(job.grid, rows.count)))
     if failed:
         logging.warning("%d of %d rows could not be made; *.error* files in %s say why", failed, rows.count, directory)
     if all_failed == rows.count:
-        raise ValueError(f"not one of {rows.count} rows could be made; *.error* files in {directory} say why")
+        raise NothingMade(f"not one of {rows.count} rows could be made; *.error* files in {directory} say why")
     return Result(rows.count, failed, tuple(shown[:_SHOWN]))
 
 
@@ -226,10 +245,22 @@ def _batch_size(job: Job, mesh: jax.sharding.Mesh, count: int) -> int:
     return next((size for size in sizes if size >= count), largest)
 
 
-def _claim(job: Job, directory: epath.Path, rows: Rows, batch: int, unit: int, newest: str) -> str:
+def _identity(weights: str) -> dict[str, Any] | None:
+    """See `lineage.identity_of`; of a public directory there is none. Weights that are gone are missed when read."""
+    if lineage.is_public(weights):
+        return None
+    try:
+        return lineage.identity_of(str(lineage.locate(weights)))
+    except FileNotFoundError:
+        return None
+
+
+def _claim(
+    job: Job, directory: epath.Path, rows: Rows, batch: int, unit: int, newest: str, identity: dict[str, Any] | None
+) -> tuple[str, dict[str, Any] | None]:
     """Notes in the directory what is made there, and of which weights: these, or those that it was begun with.
 
-    Refuses a directory in which something else was made. Returns where the weights are.
+    Refuses a directory in which something else was made. Returns where the weights are, and which they were.
     """
     settings = {
         "task": job.task,
@@ -263,15 +294,15 @@ def _claim(job: Job, directory: epath.Path, rows: Rows, batch: int, unit: int, n
             "another directory"
         )
     if not binding:
-        found = settings | {"weights": newest}
-        write_whole(file, json.dumps(found, indent=2, ensure_ascii=False).encode() + b"\n")
+        found = settings | {"weights": newest, "identity": identity}
+        write_whole(file, json.dumps(found, indent=2).encode() + b"\n")
     weights = found.get("weights", newest)
     if weights != newest and not epath.Path(weights).exists():
         raise ValueError(
             f"{directory} was begun with {weights}, which training has removed since: choose another directory, and "
             "keep what is sampled from (checkpoint.keep_period)"
         )
-    return weights
+    return weights, found.get("identity")
 
 
 def _check_seen(directory: epath.Path) -> None:

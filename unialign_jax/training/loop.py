@@ -66,6 +66,8 @@ def train(
       FileNotFoundError: files that the config names do not exist.
     """
     run = run_config.read(config)
+    saved_as = saved_config.as_json(config)
+    saved_config.check_same(saved_as)
     program = Program(run, parallel.make_mesh(run.strategy))
     networks = program.networks
     directory = storage.absolute(workdir) / run.stage
@@ -82,7 +84,6 @@ def train(
                 directory / "checkpoints", max_to_keep=run.checkpoint.keep, keep_period=run.checkpoint.keep_period
             )
         )
-        saved_as = saved_config.as_json(config)
         resume_step, saved, init = _beginning(run, checkpoints, saved_as, start, say)
 
         # Text becomes ids. The tokenizer is part of the run: samplers of its checkpoints read it from the directory.
@@ -90,7 +91,7 @@ def train(
         teacher_tokenizer = tokenizers.of_teacher(run, networks, tokenizer, init)
         _check_vocabulary(networks, tokenizer)
         if run.tuning.lora.rank and init:
-            pretrained.warn_of_drawn(epath.Path(init))
+            pretrained.warn_of_drawn(init, lineage.drawn_of(epath.Path(init)))
 
         # The data: endless batches, each of one source. Every process makes the rows that its devices hold.
         batches = make_batches(
@@ -221,6 +222,7 @@ def train(
         for report in batches.reports:
             if report.refused:
                 say(str(report))
+        checkpoints.wait()
         if step < run.steps:
             say(f"told to stop: saved step {step}; the same command goes on from there")
         else:

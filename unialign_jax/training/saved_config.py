@@ -5,6 +5,9 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from unialign_jax import agreement
+from unialign_jax.training.run_config import ConfigError
+
 # They say how to resume and how the model is sampled, not what is being trained.
 _FREE = ("allow_changed", "resume_step", "protocol")
 # Which samples come next follows from these: the state of the data is of no other run.
@@ -41,6 +44,21 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any], prefix: st
         if old != new:
             found[prefix + key] = (old, new)
     return found
+
+
+def check_same(config: dict[str, Any]) -> None:
+    """Refuses processes of one run that were started with different configs; all call it together.
+
+    Raises:
+      ConfigError: naming the process, the keys and their values.
+    """
+    first, *others = agreement.gather(config)
+    for process, other in enumerate(others, 1):
+        if found := differences(first, other):
+            shown = "; ".join(f"{key}: {old!r} and {new!r}" for key, (old, new) in found.items())
+            raise ConfigError(
+                f"the configs of process 0 and process {process} differ ({shown}): start all with the same flags"
+            )
 
 
 def check_unchanged(saved: Mapping[str, Any], current: Mapping[str, Any], allowed: Iterable[str]) -> dict[str, tuple]:
