@@ -14,7 +14,7 @@ STAGES = ("pretrain", "unify", "personalize")
 STEPS = {"pretrain": 3_000, "unify": 5_000, "personalize": 2_000}
 QUICK_STEPS = {"pretrain": 2_200, "unify": 450, "personalize": 75}
 LEARNING_RATES = {"pretrain": 4e-3, "unify": 3e-3, "personalize": 2e-3}
-# The language has 122 words, with their commas: at this size each is one token, so that 32 hold every text and its end.
+# The texts of all tasks have 83 words and marks, of which nearly every one is a token at this size.
 VOCABULARY = 256
 TEXT_LENGTH = 34  # a text of 31, the prompt of captions and an end
 IMAGE = 32  # pixels

@@ -5,7 +5,6 @@ Which of them are trained is not decided here: every method takes the parameters
 
 import dataclasses
 import functools
-import types
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unialign_jax import parallel
+from unialign_jax import parallel, typed
 from unialign_jax.batch import Batch, Features, to_unit_range
 from unialign_jax.models.autoencoder import AutoencoderCodec, AutoencoderConfig
 from unialign_jax.models.pixel_codec import Codec, PixelCodec, PixelCodecConfig
@@ -174,36 +173,16 @@ class Networks:
 
 
 def _make(kind: type, name: str, model: Mapping[str, Any]):
-    """A network's config dataclass from its mapping; a field that is unknown, missing or of another type is named."""
+    """A network's config dataclass from its mapping; see `typed.build`."""
     fields = model.get(name)
     if not fields:
         raise ValueError(f"model.{name} is missing")
-    known = {field.name: field for field in dataclasses.fields(kind)}
-    unknown = sorted(set(fields) - set(known))
-    if unknown:
-        raise ValueError(f"model.{name} has unknown fields {unknown}; known are {sorted(known)}")
-    if missing := [key for key, field in known.items() if field.default is dataclasses.MISSING and key not in fields]:
-        raise ValueError(f"model.{name}.{missing[0]} is missing")
     hints = typing.get_type_hints(kind)
     for key, value in fields.items():
-        if not _fits(value, hints[key]):
-            raise ValueError(
-                f"model.{name}.{key}: expected {getattr(hints[key], '__name__', hints[key])}, found {value!r}"
-            )
         least = 0 if key in ("mask_token_id", "min_pixels") else 1  # all else are sizes and counts
-        if hints[key] is int and value < least:
+        if hints.get(key) is int and type(value) is int and value < least:
             raise ValueError(f"model.{name}.{key} is {value}, expected {least} or more")
-    return kind(**fields)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value of a config, whose tuples may be lists, is of a field's type; an int is a float."""
-    for option in typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
-        kind = typing.get_origin(option) or option
-        wanted = {float: (int, float), tuple: (tuple, list)}.get(kind, kind)
-        if isinstance(value, wanted) and isinstance(value, bool) == (kind is bool):
-            return True
-    return False
+    return typed.build(kind, fields, f"model.{name}")
 
 
 def build_networks(

@@ -14,7 +14,7 @@ from unialign_jax.tuning import ADAPTERS
 Params = Any
 
 # Parameters that no loss ever gives a gradient, which weight decay leaves alone as well: the fixed position features,
-# and the null tokens, which the published training never feeds. What only this run's losses don't reach decays.
+# and the null tokens, which the published training never feeds. What gets no gradient in this run alone does decay.
 UNTRAINED = ("positions", "null_image_tokens")
 
 

@@ -35,7 +35,7 @@ def is_remote(path: epath.PathLike) -> bool:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """The path without `~` and, if local, from the root on.
+    """The path with `~` expanded; a local one absolute.
 
     Raises:
       ValueError: it is in Google Cloud Storage, whose client is not installed.

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from unialign_jax import typed
+
 Params = Any
 ADAPTERS = ("lora_a", "lora_b")
 FLOAT32_LAYERS = ("autoencoder/*/conv_out",)  # see `models.autoencoder`
@@ -65,9 +67,7 @@ class Tuning:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self:
         """From a saved run config, where sections are mappings and tuples may be lists."""
-        lora = config.get("lora", {})
-        lora = LoraConfig(**{key: tuple(x) if isinstance(x, list) else x for key, x in lora.items()})
-        return cls(tuple(config.get("trained", cls.trained)), tuple(config.get("frozen", ())), lora)
+        return typed.build(cls, {key: config[key] for key in ("trained", "frozen", "lora") if key in config})
 
     def trained_of(self, params: Params, key: jax.Array | None = None) -> Params:
         """What is trained of a model, as nested dicts: some of its leaves, or with LoRA new adapters for some of them.

@@ -95,7 +95,7 @@ def test_images_and_buckets_that_the_networks_can_not_take_are_refused(changes, 
         make_program(**changes)
 
 
-# Reviewed by people: how every leaf of the published size is split.
+# Snapshots of how every leaf of the published size is split: a change of the plan shows as a difference of files.
 PLANS = [
     ("fsdp", 256),
     ("fsdp+tensor", 256),

@@ -2,8 +2,8 @@
 
 Both run the same program on the same batches, made beforehand (the input pipeline has a benchmark of its own), and take
 turns; saves are not timed. The loop is `training.loop.train` itself: its pace is read off the moments at which it asks
-for batches. The processor time of its thread is measured too: it does not depend on what else the machine is doing, and
-what it is more than the bare step's is the most that the loop could add, if the device never ran ahead of it.
+for batches. The processor time of its thread is measured too, which does not depend on what else the machine is doing:
+its excess over the bare step's is the most that the loop could add, if the device never ran ahead of it.
 """
 
 import functools

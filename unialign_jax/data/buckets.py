@@ -84,7 +84,7 @@ def divide(measured: np.ndarray, sizes: Sequence[tuple[int, int]], least: int) -
 
 
 def agreed_sizes(source: Source) -> np.ndarray:
-    """`target_sizes`, the same in all processes of a run, which call it together: the order of all rows rests on them.
+    """`target_sizes`, the same in all processes of a run: the order of the rows depends on them. All call it together.
 
     Process 0 measures and keeps what it has found, for the others to read.
 

@@ -25,8 +25,8 @@ class Report:
 
     A row is counted each time it is read. Training stops (`CorpusError`) as soon as it is certain, or beyond chance,
     that more than `limit` of the rows can't be used: when one pass over the file has refused more than `limit` of all
-    its rows, not the same twice, or, where they come in random order, when the refusals so far exceed what `limit`
-    leads to expect by four standard deviations and five.
+    its rows, not the same twice, or, where they come in random order, when the refusals so far exceed the number
+    expected at `limit` by more than four standard deviations and five.
 
     Args:
       path: the source.

@@ -17,7 +17,8 @@ import dataclasses
 import enum
 
 Image = str | bytes
-TASKS = ("generate", "edit", "perceive", "compose", "caption", "answer")
+TEXT_TASKS = ("caption", "answer")  # those that make text; the others make images
+TASKS = ("generate", "edit", "perceive", "compose", *TEXT_TASKS)
 
 
 class Cause(enum.StrEnum):

@@ -152,6 +152,8 @@ class ReadChunk:
       chunks: the slots of this host, in the parts that are read together.
       global_batch: samples in a batch, over all hosts.
       refused_share: how many rows may be unusable, which tells how often to draw for one in place of another.
+      shared: another process makes the same rows; an image that can't be read is then an error, since it might be
+        readable there.
     """
 
     sources: tuple[Source, ...]

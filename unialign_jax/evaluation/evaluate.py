@@ -40,6 +40,8 @@ def evaluate_scenes(
 ) -> dict[str, list[scenes.Score]]:
     """Scores a model on every combination of held-out set and number of things, and writes the files above.
 
+    With several processes all call it, and process 0 writes.
+
     Args:
       pipeline: the model.
       output: directory, made if absent; local or `gs://`.
@@ -49,7 +51,6 @@ def evaluate_scenes(
       count: examples per task and table.
       protocol: steps and guidance.
       about: further facts for scores.json, such as the checkpoint's name.
-    With several processes all call it, and process 0 writes.
 
     Returns:
       Scores by table: "test, 1-2 things" and so on.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from unialign_jax.data import scenes
+from unialign_jax.data.samples import TEXT_TASKS
 from unialign_jax.data.scenes import verify
 from unialign_jax.evaluation import metrics
 from unialign_jax.inference.presets import PROTOCOLS, Protocol
@@ -97,7 +98,7 @@ def run(
 def _make(pipeline: UniAlignPipeline, task: str, examples: Sequence[scenes.Example], size: int, options: dict) -> list:
     if task == "generate":
         return pipeline.generate([example.instruction for example in examples], output="array", **options)
-    if task in ("caption", "answer"):
+    if task in TEXT_TASKS:
         images = [example.target.render(size) for example in examples]
         if task == "caption":
             return pipeline.caption(images, **options)

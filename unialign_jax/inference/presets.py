@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from unialign_jax.data.samples import TEXT_TASKS
+
 NEGATIVE_PROMPT = (
     "low quality, blurry, low resolution, backlit, cartoon, animated, deformed, oversaturated, undersaturated, "
     "out of frame"
@@ -45,7 +47,7 @@ class Protocol:
           task: of the pipeline's.
           given: `steps`; of images, `guidance` and `negative_prompt`; of texts, `fast`.
         """
-        if task in ("caption", "answer"):
+        if task in TEXT_TASKS:
             fast = self.fast if given.get("fast") is None else given["fast"]
             ancestral = self.caption_steps if task == "caption" else self.answer_steps
             mine = {"steps": self.fast_steps if fast else ancestral, "fast": fast}

@@ -132,8 +132,11 @@ def layer_norm(x: jax.Array) -> jax.Array:
 
 
 def mean_tokens(x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Mean over the tokens `[B, S, D] -> float32 [B, D]`: of all, or of those where `mask` (bool `[B, S]`) is True."""
+    """Mean over the tokens `[B, S, D] -> float32 [B, D]`: of all, or of those where `mask` (bool `[B, S]`) is True.
+
+    Of no tokens it is 0.
+    """
     if mask is None:
         return jnp.mean(x, axis=1, dtype=jnp.float32)
     kept = mask[..., None]
-    return jnp.sum(jnp.where(kept, x, 0), axis=1, dtype=jnp.float32) / jnp.sum(kept, axis=1)
+    return jnp.sum(jnp.where(kept, x, 0), axis=1, dtype=jnp.float32) / jnp.maximum(jnp.sum(kept, axis=1), 1)

@@ -109,6 +109,4 @@ class QwenTeacher:
         caption without tokens gives zeros; an id outside the table gives NaN.
         """
         embedded = jnp.take(params["token_embed"]["embedding"], ids, axis=0, mode="fill")
-        kept = mask[..., None]
-        total = jnp.sum(jnp.where(kept, embedded, 0), axis=1, dtype=jnp.float32)
-        return total / jnp.maximum(jnp.sum(kept, axis=1), 1)
+        return mean_tokens(embedded, mask)

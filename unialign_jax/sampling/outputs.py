@@ -21,7 +21,8 @@ from PIL import Image, PngImagePlugin
 
 from unialign_jax import storage
 from unialign_jax.data.images import image_grid
-from unialign_jax.sampling.rows import TEXT_TASKS, Row
+from unialign_jax.data.samples import TEXT_TASKS
+from unialign_jax.sampling.rows import Row
 from unialign_jax.storage import write_whole
 
 FORMATS = ("png", "array_record", "webdataset")

@@ -10,11 +10,11 @@ from typing import Any
 from etils import epath
 
 from unialign_jax import storage
+from unialign_jax.data.samples import TEXT_TASKS
 from unialign_jax.inference import inputs
 
-NEEDS_IMAGE = ("edit", "perceive", "compose", "caption", "answer")
+NEEDS_IMAGE = ("edit", "perceive", "compose", *TEXT_TASKS)
 NEEDS_PROMPT = ("generate", "edit", "perceive", "compose", "answer")
-TEXT_TASKS = ("caption", "answer")
 # As in the published rows that models are trained on, too.
 _PROMPT_KEYS = ("prompt", "instruction", "edit_prompt", "question")
 _IMAGE_KEYS = ("image", "images", "original_images")

@@ -21,13 +21,14 @@ from absl import logging
 from etils import epath
 
 from unialign_jax import agreement, lineage, parallel, storage
+from unialign_jax.data.samples import TEXT_TASKS
 from unialign_jax.diffusion import flow_matching
 from unialign_jax.inference import inputs, presets, programs
 from unialign_jax.inference.batches import Batches
 from unialign_jax.pipeline import TASKS, UniAlignPipeline
 from unialign_jax.sampling.making import Maker, make_units
 from unialign_jax.sampling.outputs import FORMATS, is_result, make_output
-from unialign_jax.sampling.rows import TEXT_TASKS, FileRows, FlagRows, Rows
+from unialign_jax.sampling.rows import FileRows, FlagRows, Rows
 from unialign_jax.storage import write_whole
 
 SETTINGS_FILE = "run.json"

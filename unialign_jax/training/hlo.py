@@ -149,7 +149,7 @@ class Module:
         start = self._constant(name, self.computations[name][loop.operands[0]].operands[index])
         body = self.computations[loop.called("body")]
         root = next(i for i in body.values() if i.root)
-        stride = self._stride(loop.called("body"), root.operands[index], index)
+        stride = self._stride(loop.called("body"), root.operands[index])
         return max(-(-(bounds[0] - start) // stride), 0)
 
     def _constant(self, name: str, operand: str) -> int:
@@ -160,7 +160,7 @@ class Module:
             return int(instruction.text)
         raise ValueError(f"{operand} in {name}: a loop's counter starts at {instruction.opcode}, which is no number")
 
-    def _stride(self, name: str, operand: str, index: int) -> int:
+    def _stride(self, name: str, operand: str) -> int:
         """What one turn adds to the counter: the sum of the constants on the way from its old to its new value."""
         body, total = self.computations[name], 0
         instruction = body.get(operand)
@@ -202,8 +202,8 @@ class Module:
     def traffic(self, step: Step) -> float:
         """Bytes of main memory that one execution reads and writes.
 
-        An array counts once for each instruction that takes or makes it, wherever it is not in vector memory. Of what
-        is only sliced, the slice counts, and of what is updated in place, the update.
+        An array counts once for each instruction that takes or makes it, wherever it is not in vector memory. An
+        operand that is only sliced counts as its slice, a result that is updated in place as the update.
         """
         instruction = step.instruction
         if instruction.opcode.endswith(("-done", "-update")) or _target(instruction) in _ALIASING:

@@ -133,7 +133,7 @@ def train(
             if newer := checkpoints.set_aside_after(resume_step):
                 logging.warning("steps %s were moved to %s-set-aside", newer, checkpoints.directory)
         del params
-        start = step = int(state.step)
+        first = step = int(state.step)
         meta = {
             "stage": run.stage,
             "config": saved_as,
@@ -142,16 +142,16 @@ def train(
             "data": batches.get_state()["fingerprints"],
             "versions": saved_config.library_versions(),
         }
-        writer = writers.make_writer(directory, start_step=start, active=speaks)
+        writer = writers.make_writer(directory, start_step=first, active=speaks)
         stack.callback(writer.close)
         count = sum(x.size for x in jax.tree.leaves(state.params))
         mesh = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1) or "one device"
         say(
-            f"{count / 1e6:.4g} M trained parameters on {mesh}, {'resuming after' if start else 'starting at'} step "
-            f"{start}"
+            f"{count / 1e6:.4g} M trained parameters on {mesh}, {'resuming after' if first else 'starting at'} step "
+            f"{first}"
         )
         if init is not None:
-            say(f"{'started' if start else 'starts'} from {init}")
+            say(f"{'started' if first else 'starts'} from {init}")
 
         def draw(step: int, state: TrainState) -> None:
             """Writes the grid of samples and their captions."""
@@ -166,8 +166,8 @@ def train(
         window, watch = DelayedMetrics(by_source=len(run.source_names) > 1), Stopwatch()
         profiler = StepProfiler(profile_steps if speaks else None, directory)
         stack.callback(lambda: (place := profiler.close()) and say(f"profile of the steps until the end: {place}"))
-        if profile_steps is not None and not (start < profile_steps[1] and profile_steps[0] <= run.steps):
-            say(f"no profile of steps {profile_steps[0]} to {profile_steps[1]}: this takes {start + 1} to {run.steps}")
+        if profile_steps is not None and not (first < profile_steps[1] and profile_steps[0] <= run.steps):
+            say(f"no profile of steps {profile_steps[0]} to {profile_steps[1]}: this takes {first + 1} to {run.steps}")
         stopping, flushed = False, time.monotonic()
         while step < run.steps and not stopping:
             step += 1

@@ -85,7 +85,7 @@ def precompute(
     teacher_tokenizer = tokenizers.of_teacher(run, program.networks, tokenizer, init)
     opened = tuple(open_source(source) for source in run.data.sources)
     streams = make_streams(run.data, opened, tokenizer, teacher_tokenizer)
-    if sources:
+    if sources:  # where the texts of all were learned from
         streams = tuple(stream for stream in streams if run.source_names[stream.source] in sources)
 
     init_key, _ = program.make_keys()

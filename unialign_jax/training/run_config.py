@@ -1,15 +1,14 @@
 """What one training stage is, typed: the dataclasses that a config file's `ConfigDict` must fit, key by key."""
 
 import dataclasses
+import functools
 import os
-import types
-import typing
 from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
-from unialign_jax import storage
+from unialign_jax import storage, typed
 from unialign_jax.data.config import DataConfig
 from unialign_jax.data.sources import SourceConfig
 from unialign_jax.diffusion.flow_matching import NUM_TRAIN_TIMES
@@ -196,6 +195,9 @@ class RunConfig:
         return Tuning(self.trained, self.frozen, self.lora)
 
 
+_build = functools.partial(typed.build, error=ConfigError, unset="give it with --config.{}=…")
+
+
 def read(config: Any, name: str = "") -> RunConfig:
     """Checks a `ConfigDict`, as a config file returns it, against the dataclasses.
 
@@ -215,7 +217,7 @@ def read(config: Any, name: str = "") -> RunConfig:
         )
     if isinstance(fields.get("data"), Mapping) and isinstance(fields["data"].get("sources"), Mapping):
         sources = _below_root(fields)
-        named = {name: _build(SourceConfig, source, f"{prefix}data.sources.{name}") for name, source in sources.items()}
+        named = {key: _build(SourceConfig, source, f"{prefix}data.sources.{key}") for key, source in sources.items()}
         fields["data"] = {**fields["data"], "sources": tuple(named.values())}
         fields["source_names"] = tuple(named)
     else:
@@ -239,50 +241,3 @@ def _below_root(fields: dict[str, Any]) -> dict[str, Any]:
     if isinstance(tokenizer, dict) and isinstance(tokenizer.get("more_texts"), tuple):
         tokenizer["more_texts"] = tuple(map(below, tokenizer["more_texts"]))
     return sources
-
-
-def _build(kind: type, fields: Any, name: str) -> Any:
-    if isinstance(fields, kind):
-        return fields
-    if not isinstance(fields, Mapping):
-        raise ConfigError(f"{name}: expected a section, found {fields!r}")
-    prefix = f"{name}." if name else ""
-    known = {field.name: field for field in dataclasses.fields(kind)}
-    for key in fields:
-        if key not in known:
-            raise ConfigError(f"{prefix}{key}: unknown key; known are {', '.join(sorted(known))}")
-    for key, field in known.items():
-        optional = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
-        if key not in fields and not optional:
-            raise ConfigError(f"{prefix}{key}: missing")
-    hints = typing.get_type_hints(kind)
-    # In the order of declaration: a key is at fault before the sections whose values follow from it.
-    values = {key: _convert(hints[key], fields[key], prefix + key) for key in known if key in fields}
-    try:
-        return kind(**values)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"{name}: {error}" if name else str(error)) from error
-
-
-def _convert(hint: Any, value: Any, name: str) -> Any:
-    """The value if it fits the type hint; an int fits a float."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
-        return None
-    hint = next(option for option in options if option is not type(None))
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, name)
-    origin = typing.get_origin(hint) or hint
-    if origin is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    wrong_bool = isinstance(value, bool) and origin is not bool
-    if not isinstance(value, origin) or wrong_bool:
-        if value is None:
-            raise ConfigError(f"{name}: not set; give it with --config.{name}=…")
-        raise ConfigError(f"{name}: expected {origin.__name__}, found {value!r}")
-    if origin is tuple:
-        element = typing.get_args(hint)[0]
-        return tuple(_convert(element, part, f"{name}[{index}]") for index, part in enumerate(value))
-    return value

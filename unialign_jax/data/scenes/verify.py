@@ -32,7 +32,7 @@ from unialign_jax.data.scenes.world import (
 
 SIDE = rendering.GRID  # images are read at this size
 # An image is no scene if the mean difference to the closest one exceeds this (RGB distance) in any square of _PATCH
-# pixels a side. Any two colours are 100 apart.
+# pixels a side. Any two colours are more than 100 apart.
 UNEXPLAINED = 75.0
 _PATCH = 5
 _ROUNDS = 60

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star", "ring", "heart")
-# Any two of these 13 colours (with the markers' black) are at least 100 apart in RGB.
+# Any two of these 13 colours (with the markers' black) are more than 100 apart in RGB.
 COLOURS = {
     "red": (225, 30, 40),
     "orange": (245, 130, 20),
