@@ -42,6 +42,7 @@ FORWARD = """
 import resource, sys
 import flax.linen as nn, jax, jax.numpy as jnp
 from unialign_jax.convert import store
+from unialign_jax.models.unialign import Pass
 from unialign_jax.networks import build_networks
 networks = build_networks(store.read_config(sys.argv[1]), dtype="bfloat16")
 here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -50,7 +51,9 @@ params = {"transformer": store.restore_network(sys.argv[1], "transformer", dtype
 size = sum(x.size for x in jax.tree.leaves(params))
 key = jax.random.key(0)
 latents, states = jax.random.normal(key, (1, 64, 64, 16)), jax.random.normal(key, (1, 256, 4096), jnp.bfloat16)
-out = jax.jit(networks.denoise)(params, latents, states, jnp.array([500.0]))
+[out] = jax.jit(lambda params, *inputs: networks.denoise(params, Pass(*inputs)))(
+    params, latents, states, jnp.array([500.0])
+)
 assert out.image.shape == (1, 64, 64, 16) and out.text_logits.shape == (1, 256, 32100)
 assert jnp.isfinite(out.image).all() and jnp.isfinite(out.text_logits).all() and jnp.std(out.image) > 0.01
 print(size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)

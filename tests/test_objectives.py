@@ -144,8 +144,8 @@ def test_dropped_references_are_masked_apart_from_the_text(case):
         pass
 
     def given(objective, features, draws):
-        def transformer(noisy, states, time, *, reference_mask, **kwargs):
-            raise Seen(reference_mask, states)
+        def transformer(image_pass, *_, **kwargs):
+            raise Seen(image_pass.reference_mask, image_pass.text_states)
 
         with pytest.raises(Seen) as seen:
             apply(objective, transformer, lambda ids: jnp.zeros((*ids.shape, 3)) + ids[..., None], features, draws)
@@ -178,8 +178,8 @@ def test_unpadded_pooling_ignores_what_padding_holds(case, transformer, text_enc
 
     def terms(objective, shift):
         def shifted(*args, **kwargs):
-            out = model.apply({"params": params}, *args, **kwargs)
-            return out._replace(text_hidden=out.text_hidden + shift)
+            outputs = model.apply({"params": params}, *args, **kwargs)
+            return [out._replace(text_hidden=out.text_hidden + shift) for out in outputs]
 
         encode = functools.partial(encoder.apply, {"params": text_params})
         return {name: float(term) for name, term in apply(objective, shifted, encode, features, draws)[1].items()}
@@ -218,9 +218,9 @@ def test_a_pass_that_is_left_out_is_not_run_and_the_other_is_as_before(changes, 
     passes = []
 
     def loss(objective):
-        def run(latents, *args, **kwargs):
-            passes.append("image" if "want_text" in kwargs else "text")
-            return model.apply({"params": params}, latents, *args, **kwargs)
+        def run(*items, **kwargs):
+            passes.extend("image" if item.want_image else "text" for item in items)
+            return model.apply({"params": params}, *items, **kwargs)
 
         return apply(objective, run, functools.partial(encoder.apply, {"params": text_params}), features, draws)
 
@@ -254,9 +254,9 @@ def test_shifted_times_and_the_space_of_the_image_loss(space, case):
     shift, factor = 4.0, 0.7
     seen = {}
 
-    def network(latents, states, times, **kwargs):
-        seen["times"] = times
-        return types.SimpleNamespace(image=factor * latents, image_semantic=jnp.ones((len(times), 40)))
+    def network(item, **kwargs):
+        seen["times"] = item.timesteps
+        return [types.SimpleNamespace(image=factor * item.latents, image_semantic=jnp.ones((len(item.latents), 40)))]
 
     objective = dataclasses.replace(RECORDED, time_shift=shift, image_loss=space, text_pass=0.0)
     _, terms = apply(objective, network, lambda ids: jnp.zeros((*ids.shape, 48)), features, draws)

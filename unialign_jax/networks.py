@@ -19,7 +19,7 @@ from unialign_jax.models.autoencoder import AutoencoderCodec, AutoencoderConfig
 from unialign_jax.models.pixel_codec import Codec, PixelCodec, PixelCodecConfig
 from unialign_jax.models.t5 import T5Config, T5Encoder
 from unialign_jax.models.teachers import QwenTeacher, QwenTeacherConfig, Teacher
-from unialign_jax.models.unialign import Outputs, TransformerConfig, UniAlign
+from unialign_jax.models.unialign import Outputs, Pass, TransformerConfig, UniAlign
 
 Params = Mapping[str, Any]
 
@@ -81,9 +81,11 @@ class Networks:
         params = {
             "transformer": self.transformer.init(
                 keys[0],
-                jnp.zeros((1, side, side, config.in_channels)),
-                jnp.zeros((1, 1, config.joint_attention_dim)),
-                jnp.zeros((1,)),
+                Pass(
+                    jnp.zeros((1, side, side, config.in_channels)),
+                    jnp.zeros((1, 1, config.joint_attention_dim)),
+                    jnp.zeros((1,)),
+                ),
                 semantic_depth=1,
             )["params"],
             "text_encoder": self.text_encoder.init(keys[1], jnp.zeros((1, 1), jnp.int32))["params"],
@@ -104,9 +106,9 @@ class Networks:
             return *batch.moments.shape[2:4], self.codec.latent_channels
         return self.latent_shape(*batch.target.shape[1:3])
 
-    def denoise(self, params: Params, *args, **kwargs) -> Outputs:
+    def denoise(self, params: Params, *passes: Pass, semantic_depth: int | None = None) -> list[Outputs]:
         """`UniAlign.__call__` with the transformer's parameters bound."""
-        return self.transformer.apply({"params": params["transformer"]}, *args, **kwargs)
+        return self.transformer.apply({"params": params["transformer"]}, *passes, semantic_depth=semantic_depth)
 
     def encode_text(self, params: Params, ids: jax.Array) -> jax.Array:
         """int32 `[B, T]` -> states `[B, T, E]`."""

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from unialign_jax.batch import Batch, Draws, Features
 from unialign_jax.diffusion import flow_matching, masked_text
 from unialign_jax.models.layers import mean_tokens
-from unialign_jax.models.unialign import Outputs
+from unialign_jax.models.unialign import Outputs, Pass
 
-Transformer = Callable[..., Outputs]
+Transformer = Callable[..., list[Outputs]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Objective:
           `text_align`; only those of passes that run), float32 scalars, unweighted.
         """
         depth = self.semantic_depth if features.teacher_image is not None else None
-        terms, weights = {}, {}
+        passes, terms, weights = {}, {}, {}
 
         if self.image_pass:
             if features.instruction_states is None:
@@ -122,31 +122,34 @@ class Objective:
             if self.time_shift != 1:
                 sigma = flow_matching.shift_levels(sigma, self.time_shift)
             noisy = flow_matching.add_noise(features.target, draws.noise, sigma)
-            image_pass = transformer(
+            passes["image"] = Pass(
                 noisy,
                 instruction,
                 sigma * flow_matching.NUM_TRAIN_TIMES,
                 references=features.references,
                 reference_mask=self._kept_references(features, draws),
-                semantic_depth=depth,
                 want_text=False,
             )
+        if self.text_pass:
+            pool_mask = None if self.pool_padding else _before_padding(features.caption_ids, self.end_token_id)
+            passes["text"] = Pass(
+                features.target,
+                states[:, -1],
+                jnp.zeros(len(states)),
+                text_pool_mask=pool_mask,
+                want_image=False,
+            )
+        outputs = dict(zip(passes, transformer(*passes.values(), semantic_depth=depth), strict=True))
+
+        if self.image_pass:
+            image_pass = outputs["image"]
             terms["image"] = flow_matching.loss(image_pass.image, noisy, features.target, sigma, space=self.image_loss)
             weights["image"] = self.image_weight * self.image_pass
             if depth is not None:
                 terms["image_align"] = alignment_loss(image_pass.image_semantic, features.teacher_image)
                 weights["image_align"] = self.alignment_weight * self.image_pass
-
         if self.text_pass:
-            pool_mask = None if self.pool_padding else _before_padding(features.caption_ids, self.end_token_id)
-            text_pass = transformer(
-                features.target,
-                states[:, -1],
-                jnp.zeros(len(states)),
-                semantic_depth=depth,
-                text_pool_mask=pool_mask,
-                want_image=False,
-            )
+            text_pass = outputs["text"]
             terms["text"] = masked_text.loss(
                 text_pass.text_logits,
                 self._masked(features, draws),

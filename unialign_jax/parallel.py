@@ -4,6 +4,7 @@ Mesh axes: `data` (copies of the model, and slices), `fsdp` (batch and parameter
 (heads, MLP, vocabulary). Parameters, optimizer moments and moving average are split alike; so are the frozen encoders.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -286,15 +287,15 @@ def gathered(weight: jax.Array, names: Sequence[str | None]) -> jax.Array:
     return constrain(weight, *(None if name is None or "fsdp" in _axes(name) else name for name in names))
 
 
-def weight_gradient(x: jax.Array, gradient: jax.Array, names: Sequence[str | None]) -> jax.Array:
-    """Gradient `[in, out]` of the weight in `y = x @ weight`, reduced straight to where the weight lies.
+def weight_gradient(xs: Sequence[jax.Array], gradients: Sequence[jax.Array], names: Sequence[str | None]) -> jax.Array:
+    """Gradient `[in, out]` of the weight in `y = x @ weight` for each x, reduced straight to where the weight lies.
 
     Each device multiplies its own samples and tokens, and one reduce-scatter over `fsdp` adds up. XLA by itself makes
     an all-reduce of this, which moves twice the bytes, or the same ring as for `gathered`.
 
     Args:
-      x: `[B, ..., in]`; with three axes the second is tokens.
-      gradient: of y, `[B, ..., out]`.
+      xs: each `[B, ..., in]`, of one B; with three axes the second is tokens.
+      gradients: of each y, `[B, ..., out]`.
       names: logical axis names of the weight.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -306,16 +307,20 @@ def weight_gradient(x: jax.Array, gradient: jax.Array, names: Sequence[str | Non
         precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
         return jax.lax.dot_general(x, gradient, (((0,), (0,)), ((), ())), precision=precision)
 
-    if not batch or AxisType.Manual in mesh.axis_types or len(x) % math.prod(axes[axis] for axis in batch):
-        return constrain(product(x, gradient), *names)
-    rows = [batch, *(None for _ in x.shape[1:-1])]
-    if x.ndim == 3 and axes["sequence"] > 1 and x.shape[1] % axes["sequence"] == 0:
+    def products(xs, gradients):
+        return functools.reduce(jnp.add, map(product, xs, gradients))
+
+    size = math.prod(axes[axis] for axis in batch)
+    if not batch or AxisType.Manual in mesh.axis_types or any(len(x) % size for x in xs):
+        return constrain(products(xs, gradients), *names)
+    rows = [batch, *(None for _ in xs[0].shape[1:-1])]
+    if axes["sequence"] > 1 and all(x.ndim == 3 and x.shape[1] % axes["sequence"] == 0 for x in xs):
         rows[1] = "sequence"
-    spec = partition(names, (x.shape[-1], gradient.shape[-1]), mesh)
+    spec = partition(names, (xs[0].shape[-1], gradients[0].shape[-1]), mesh)
     within = [axis if axis == "tensor" else None for axis in spec]
 
-    def local(x, gradient):
-        total = product(x, gradient)
+    def local(xs, gradients):
+        total = products(xs, gradients)
         others = [axis for row in rows if row for axis in ([row] if isinstance(row, str) else row)]
         if "fsdp" in spec and "fsdp" in others:
             total = jax.lax.psum_scatter(total, "fsdp", scatter_dimension=spec.index("fsdp"), tiled=True)
@@ -323,4 +328,4 @@ def weight_gradient(x: jax.Array, gradient: jax.Array, names: Sequence[str | Non
         return jax.lax.psum(total, others) if others else total
 
     specs = tuple(PartitionSpec(*rows, last) for last in within)
-    return jax.shard_map(local, in_specs=specs, out_specs=spec, check_vma=False)(x, gradient)
+    return jax.shard_map(local, in_specs=specs, out_specs=spec, check_vma=False)(tuple(xs), tuple(gradients))

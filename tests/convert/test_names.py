@@ -14,12 +14,12 @@ from unialign_jax.convert import names
 from unialign_jax.models.autoencoder import AutoencoderCodec, AutoencoderConfig
 from unialign_jax.models.t5 import T5Config, T5Encoder
 from unialign_jax.models.teachers import QwenTeacher, QwenTeacherConfig
-from unialign_jax.models.unialign import TransformerConfig, UniAlign
+from unialign_jax.models.unialign import Pass, TransformerConfig, UniAlign
 
 
 def _transformer(config):
     one = jnp.zeros((1, 2, 2, config.in_channels)), jnp.zeros((1, 1, config.joint_attention_dim)), jnp.zeros((1,))
-    return lambda: UniAlign(config).init(jax.random.key(0), *one, semantic_depth=1)["params"]
+    return lambda: UniAlign(config).init(jax.random.key(0), Pass(*one), semantic_depth=1)["params"]
 
 
 def _text_encoder(config):

@@ -11,15 +11,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from unialign_jax import convert, pretrained
-from unialign_jax.models.unialign import TransformerConfig, UniAlign
+from unialign_jax.models.unialign import Pass, TransformerConfig, UniAlign
 
 
 def _apply(folder, latents, text, timesteps):
     config = TransformerConfig(**convert.read_config(folder)["transformer"])
     params = convert.restore_network(folder, "transformer", dtype=np.float32)
     latents = jnp.asarray(latents.numpy().transpose(0, 2, 3, 1))
-    apply = jax.jit(UniAlign(config, dtype=jnp.float32).apply)
-    return apply({"params": params}, latents, text.numpy(), timesteps.numpy())
+    network = UniAlign(config, dtype=jnp.float32)
+
+    @jax.jit
+    def apply(params, *inputs):
+        return network.apply({"params": params}, Pass(*inputs))[0]
+
+    return apply(params, latents, text.numpy(), timesteps.numpy())
 
 
 def test_sd3_weights_compute_the_image_that_diffusers_computes(sd3, tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from unialign_jax.diffusion import masked_text
+from unialign_jax.models.unialign import Pass
 
 MASK = 319
 
@@ -21,7 +22,8 @@ def logits_of(transformer, text_encoder):
     def bind(latents):
         def logits(ids):
             states = encoder.apply({"params": text_params}, ids)
-            return model.apply({"params": params}, latents, states, jnp.zeros(len(ids)), want_image=False).text_logits
+            item = Pass(latents, states, jnp.zeros(len(ids)), want_image=False)
+            return model.apply({"params": params}, item)[0].text_logits
 
         return jax.jit(logits)
 

@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unialign_jax.models.unialign import REMAT_POLICIES, TransformerConfig, UniAlign, axis_positions, time_features
+from unialign_jax.models.unialign import (
+    REMAT_POLICIES,
+    Pass,
+    TransformerConfig,
+    UniAlign,
+    axis_positions,
+    time_features,
+)
 
 TINY = TransformerConfig(
     sample_size=8,
@@ -29,8 +36,10 @@ TINY = TransformerConfig(
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("semantic_depth", "want_image", "want_text"))
-def apply(model, params, *args, **kwargs):
-    return model.apply(params, *args, **kwargs)
+def apply(model, params, *args, semantic_depth=None, **kwargs):
+    """One pass."""
+    [out] = model.apply(params, Pass(*args, **kwargs), semantic_depth=semantic_depth)
+    return out
 
 
 def tiny(key=0, **changes):
@@ -39,7 +48,7 @@ def tiny(key=0, **changes):
     shapes = jax.eval_shape(
         lambda: nn.unbox(
             model.init(
-                jax.random.key(0), jnp.zeros((1, 8, 8, 4)), jnp.zeros((1, 5, 12)), jnp.zeros(1), semantic_depth=1
+                jax.random.key(0), Pass(jnp.zeros((1, 8, 8, 4)), jnp.zeros((1, 5, 12)), jnp.zeros(1)), semantic_depth=1
             )
         )
     )
@@ -63,7 +72,8 @@ def inputs(batch=2, height=8, width=8, references=0, seed=1):
 def test_forward_matches_recorded(name, case, transformer):
     model, params = transformer
     recorded = case(f"forward_{name}")
-    out = jax.jit(model.apply, static_argnames="semantic_depth")(
+    out = apply(
+        model,
         {"params": params},
         recorded.get("latents"),
         recorded["text"],
@@ -129,7 +139,8 @@ def test_only_the_wanted_head_is_computed():
         """Names of the top-level parameters that the outputs depend on, read from the traced program."""
 
         def fn(p):
-            return [x for x in model.apply(p, latents, text, time, **wanted) if x is not None]
+            [out] = model.apply(p, Pass(latents, text, time, **wanted))
+            return [x for x in out if x is not None]
 
         closed = jax.make_jaxpr(fn)(params)
         used = {v for eqn in closed.jaxpr.eqns for v in eqn.invars if not isinstance(v, jax.extend.core.Literal)}
@@ -146,12 +157,43 @@ def test_only_the_wanted_head_is_computed():
     np.testing.assert_array_equal(both.text_logits, words.text_logits)
 
 
+def test_passes_side_by_side_are_the_passes_alone():
+    """Of different lengths, with and without references, image and heads; gradients add up."""
+    model, params = tiny()
+    latents, text, time, references = inputs(references=2)
+    mask = jnp.array([[True, False], [True, True]])
+    passes = [
+        Pass(latents, text, time, references=references, reference_mask=mask, want_text=False),
+        Pass(latents[::-1], text[:, :3], 0 * time, text_pool_mask=jnp.ones((2, 3), bool), want_image=False),
+        Pass(None, 2 * text, time),
+    ]
+
+    @jax.jit
+    def together(params):
+        return model.apply(params, *passes, semantic_depth=2)
+
+    @jax.jit
+    def alone(params):
+        return [out for item in passes for out in model.apply(params, item, semantic_depth=2)]
+
+    both = zip(jax.tree.leaves(together(params)), jax.tree.leaves(alone(params)), strict=True)
+    for got, expected in both:
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+    got, expected = (
+        jax.jit(jax.grad(lambda params, run=run: sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(run(params)))))(
+            params
+        )
+        for run in (together, alone)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * (1 + np.abs(b).max())), got, expected)
+
+
 def test_remat_changes_no_gradient():
     model, params = tiny()
     latents, text, time, _ = inputs()
 
     def loss(params, remat):
-        out = dataclasses.replace(model, remat=remat).apply(params, latents, text, time, semantic_depth=1)
+        [out] = dataclasses.replace(model, remat=remat).apply(params, Pass(latents, text, time), semantic_depth=1)
         return sum(jnp.sum(jnp.square(x)) for x in out)
 
     grad = jax.jit(jax.grad(loss), static_argnums=1)
@@ -224,4 +266,4 @@ def test_bad_calls_are_refused(height, width, call, message):
     model, params = tiny()
     latents, text, time, _ = inputs(height=height, width=width)
     with pytest.raises(ValueError, match=message):
-        model.apply(params, latents, text, time, **call)
+        apply(model, params, latents, text, time, **call)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from unialign_jax.models.t5 import T5Config
-from unialign_jax.models.unialign import TransformerConfig, UniAlign
+from unialign_jax.models.unialign import Pass, TransformerConfig, UniAlign
 from unialign_jax.training import flops, hlo
 
 SMALL = TransformerConfig(
@@ -38,9 +38,11 @@ def abstract_params(config):
     variables = jax.eval_shape(
         lambda key: network.init(
             key,
-            jnp.zeros((1, size, size, config.in_channels)),
-            jnp.zeros((1, 1, config.joint_attention_dim)),
-            jnp.zeros(1),
+            Pass(
+                jnp.zeros((1, size, size, config.in_channels)),
+                jnp.zeros((1, 1, config.joint_attention_dim)),
+                jnp.zeros(1),
+            ),
             semantic_depth=1,
         ),
         jax.random.key(0),
@@ -107,7 +109,8 @@ def xla_flops(function) -> float:
 
 
 def apply(params, latents, states, **wanted):
-    return UniAlign(SMALL, dtype=jnp.float32).apply({"params": params}, latents, states, jnp.ones(1), **wanted)
+    network = UniAlign(SMALL, dtype=jnp.float32)
+    return network.apply({"params": params}, Pass(latents, states, jnp.ones(1), **wanted))[0]
 
 
 def test_forward_passes_agree_with_xla():
@@ -162,7 +165,7 @@ def test_what_a_policy_computes_again_is_what_the_program_has_more_of(remat):
         network = UniAlign(config, dtype=jnp.float32, remat=policy)
 
         def loss(params, latents, states):
-            out = network.apply({"params": params}, latents, states, jnp.ones(1), want_text=False)
+            [out] = network.apply({"params": params}, Pass(latents, states, jnp.ones(1), want_text=False))
             return jnp.mean(out.image**2)
 
         arguments = (

@@ -17,6 +17,7 @@ from unialign_jax.checkpoints import Checkpoints
 from unialign_jax.data import scenes
 from unialign_jax.data.schedule import next_stream
 from unialign_jax.data.tokenizer import Tokenizer
+from unialign_jax.models.unialign import Pass
 from unialign_jax.networks import build_networks
 from unialign_jax.saved_step import DamagedCheckpoint
 from unialign_jax.state import TrainState
@@ -307,7 +308,7 @@ def test_adapters_alone_are_saved_and_merge_for_pytorch(corpus, tmp_path):
 
     @jax.jit
     def velocity(params):
-        return networks.denoise(params, *inputs, jnp.array([300.0, 900.0])).image
+        return networks.denoise(params, Pass(*inputs, jnp.array([300.0, 900.0])))[0].image
 
     expected = velocity(tuning.merge(base, adapters))
     assert np.abs(expected - velocity(base)).max() > 1e-3

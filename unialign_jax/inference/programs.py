@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from unialign_jax import parallel
 from unialign_jax.batch import to_unit_range
 from unialign_jax.diffusion import flow_matching, masked_text
+from unialign_jax.models.unialign import Pass
 from unialign_jax.networks import Networks, Params
 
 # The network was trained at 1000 noise levels; a table of this size serves any number of steps.
@@ -64,15 +65,15 @@ def image_programs(networks: Networks, mesh: Mesh) -> ImagePrograms:
 
     def advance(params, latents, conditions, scales, sigmas, start, stop):
         def velocity(latents, times, condition):
-            return networks.denoise(
-                params,
+            item = Pass(
                 latents,
                 condition["text"],
                 times,
                 references=condition.get("references"),
                 reference_mask=condition.get("mask"),
                 want_text=False,
-            ).image
+            )
+            return networks.denoise(params, item)[0].image
 
         predict = flow_matching.guide(velocity, conditions, [scales[k] for k in range(len(conditions) - 1)])
         return flow_matching.euler(predict, latents, sigmas, start, stop)
@@ -125,7 +126,8 @@ def text_program(networks: Networks, mesh: Mesh, steps: int, fast: bool, mask_id
 
         def logits(ids):
             states = networks.encode_text(params, ids)
-            return networks.denoise(params, latents, states, jnp.zeros(len(ids)), want_image=False).text_logits
+            item = Pass(latents, states, jnp.zeros(len(ids)), want_image=False)
+            return networks.denoise(params, item)[0].text_logits
 
         if fast:
             tokens = masked_text.sample_confident(logits, ids, known, num_steps=steps, mask_id=mask_id, end_id=end_id)

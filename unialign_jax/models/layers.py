@@ -20,22 +20,25 @@ def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul(x: jax.Array, kernel: jax.Array, axes: tuple[str | None, str | None]) -> jax.Array:
-    """`x [..., in] @ kernel [in, out]` with the parallel plan's collectives, forward and backward.
+def _matmul(xs: tuple[jax.Array, ...], kernel: jax.Array, axes: tuple[str | None, str | None]) -> tuple[jax.Array, ...]:
+    """`x [..., in] @ kernel [in, out]` of each x, with the parallel plan's collectives, forward and backward.
 
-    Only the kernel's parts are kept for the backward pass, which gathers them again.
+    The kernel is gathered once for all of them, and their gradients of it are reduced together. Only its parts are kept
+    for the backward pass, which gathers them again.
     """
-    return jnp.dot(x, gathered(kernel, axes), precision=matmul_precision(x.dtype))
+    whole = gathered(kernel, axes)
+    return tuple(jnp.dot(x, whole, precision=matmul_precision(x.dtype)) for x in xs)
 
 
-def _matmul_forward(x, kernel, axes):
-    return _matmul(x, kernel, axes), (x, kernel)
+def _matmul_forward(xs, kernel, axes):
+    return _matmul(xs, kernel, axes), (xs, kernel)
 
 
-def _matmul_backward(axes, kept, gradient):
-    x, kernel = kept
-    back = jnp.dot(gradient, gathered(kernel, axes).T, precision=matmul_precision(x.dtype))
-    return back, weight_gradient(x, gradient, axes)
+def _matmul_backward(axes, kept, gradients):
+    xs, kernel = kept
+    whole = gathered(kernel, axes).T
+    back = tuple(jnp.dot(gradient, whole, precision=matmul_precision(gradient.dtype)) for gradient in gradients)
+    return back, weight_gradient(xs, gradients, axes)
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -71,6 +74,8 @@ spread.defvjp(_spread_forward, _spread_backward)
 class Dense(nn.Module):
     """Linear layer `[..., in] -> [..., features]` whose parameters carry logical axis names.
 
+    Of a list of inputs it makes a list: over a mesh the kernel is gathered, and its gradient reduced, once for all.
+
     Attributes:
       features: output width.
       axes: logical names of the kernel's (input, output) axes, see `parallel.RULES`.
@@ -86,14 +91,16 @@ class Dense(nn.Module):
     kernel_init: Callable = nn.initializers.xavier_uniform()
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array | list[jax.Array]) -> jax.Array | list[jax.Array]:
+        xs = x if isinstance(x, list) else [x]
         kernel = self.param(
             "kernel",
             nn.with_logical_partitioning(self.kernel_init, self.axes),
-            (x.shape[-1], self.features),
+            (xs[0].shape[-1], self.features),
             jnp.float32,
         )
-        y = checkpoint_name(_matmul(x.astype(self.dtype), kernel.astype(self.dtype), self.axes), PRODUCTS)
+        products = _matmul(tuple(x.astype(self.dtype) for x in xs), kernel.astype(self.dtype), self.axes)
+        ys = [checkpoint_name(y, PRODUCTS) for y in products]
         if self.use_bias:
             bias = self.param(
                 "bias",
@@ -101,8 +108,8 @@ class Dense(nn.Module):
                 (self.features,),
                 jnp.float32,
             )
-            y = y + spread(bias, y.shape, self.dtype)
-        return y
+            ys = [y + spread(bias, y.shape, self.dtype) for y in ys]
+        return ys if isinstance(x, list) else ys[0]
 
 
 class RMSNorm(nn.Module):

@@ -6,6 +6,7 @@ One network serves both diffusions: the image head predicts a flow-matching velo
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -80,6 +81,30 @@ class TransformerConfig:
     def width(self) -> int:
         """Width D of both streams."""
         return self.num_attention_heads * self.attention_head_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """What one forward pass reads.
+
+    Attributes:
+      latents: `[B, H, W, in_channels]`, or None: the learned null tokens stand in for the image.
+      text_states: text encoder states `[B, T, joint_attention_dim]`.
+      timesteps: `[B]` in [0, 1000]; 0 is clean.
+      references: clean latents `[B, N, H, W, in_channels]` of the target's size, or None.
+      reference_mask: bool `[B, N]`, False where a sample has no such reference; None: all are present.
+      text_pool_mask: bool `[B, T]`, the text tokens that the text adapter averages; None: all (as published).
+      want_image, want_text: whether to compute that head.
+    """
+
+    latents: jax.Array | None
+    text_states: jax.Array
+    timesteps: jax.Array
+    references: jax.Array | None = None
+    reference_mask: jax.Array | None = None
+    text_pool_mask: jax.Array | None = None
+    want_image: bool = True
+    want_text: bool = True
 
 
 class Outputs(NamedTuple):
@@ -180,7 +205,7 @@ class _TwoLayer(nn.Module):
 
 
 class _Stream(nn.Module):
-    """One modality's half of a joint block: its modulation, projections and MLP."""
+    """One modality's half of a joint block: its modulation, projections and MLP. Lists hold one array for each pass."""
 
     config: TransformerConfig
     dtype: jnp.dtype
@@ -197,54 +222,76 @@ class _Stream(nn.Module):
             self.query_norm = RMSNorm(dtype=self.dtype)
             self.key_norm = RMSNorm(dtype=self.dtype)
 
-    def modulate(self, time: jax.Array) -> tuple[jax.Array, ...]:
-        """Six `[B, 1, D]` vectors: shift, scale, gate of the attention, then of the MLP."""
-        return tuple(jnp.split(self.modulation(time)[:, None], 6, axis=-1))
+    def modulate(self, times: list[jax.Array]) -> list[list[jax.Array]]:
+        """Six `[B, 1, D]` vectors a pass: shift, scale, gate of the attention, then of the MLP."""
+        return [jnp.split(vectors[:, None], 6, axis=-1) for vectors in self.modulation(times)]
 
-    def project(self, x: jax.Array, shift: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(
+        self, xs: list[jax.Array], modulations: list[list[jax.Array]]
+    ) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
         """Queries, keys and values of the normed, modulated tokens, each `[B, S, heads, head_dim]`."""
-        x = (layer_norm(x) * (1 + scale) + shift).astype(self.dtype)
-        heads = (*x.shape[:-1], self.config.num_attention_heads, self.config.attention_head_dim)
-        query, key, value = (layer(x).reshape(heads) for layer in (self.query, self.key, self.value))
+        xs = [self._norm(x, shift, scale) for x, (shift, scale, *_) in zip(xs, modulations, strict=True)]
+        queries, keys, values = (layer(xs) for layer in (self.query, self.key, self.value))
+        return [self._heads(*three) for three in zip(queries, keys, values, strict=True)]
+
+    def update(
+        self, xs: list[jax.Array], attended: list[jax.Array], modulations: list[list[jax.Array]]
+    ) -> list[jax.Array]:
+        """Adds the gated attention output and the gated MLP to the residual streams `[B, S, D]`."""
+        outs = self.out([a.reshape(x.shape) for a, x in zip(attended, xs, strict=True)])
+        xs = [x + spread(m[2], x.shape, self.dtype) * out for x, out, m in zip(xs, outs, modulations, strict=True)]
+        ys = self.mlp_up([self._norm(x, *m[3:5]) for x, m in zip(xs, modulations, strict=True)])
+        ys = self.mlp_down([constrain(nn.gelu(y, approximate=True), "batch", "sequence", "mlp") for y in ys])
+        return [
+            constrain(x + spread(m[5], x.shape, self.dtype) * y, "batch", "sequence", None)
+            for x, y, m in zip(xs, ys, modulations, strict=True)
+        ]
+
+    def _norm(self, x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+        return (layer_norm(x) * (1 + scale) + shift).astype(self.dtype)
+
+    def _heads(self, query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        heads = (*query.shape[:-1], self.config.num_attention_heads, self.config.attention_head_dim)
+        query, key, value = (x.reshape(heads) for x in (query, key, value))
         if self.config.qk_norm == "rms_norm":
             query, key = self.query_norm(query), self.key_norm(key)
         return tuple(constrain(x, "batch", "sequence", "heads", None) for x in (query, key, value))
 
-    def update(self, x: jax.Array, attended: jax.Array, modulation: tuple[jax.Array, ...]) -> jax.Array:
-        """Adds the gated attention output and the gated MLP to the residual stream `[B, S, D]`."""
-        _, _, attention_gate, shift, scale, mlp_gate = modulation
-        x = x + spread(attention_gate, x.shape, self.dtype) * self.out(attended.reshape(x.shape))
-        y = (layer_norm(x) * (1 + scale) + shift).astype(self.dtype)
-        y = constrain(nn.gelu(self.mlp_up(y), approximate=True), "batch", "sequence", "mlp")
-        return constrain(x + spread(mlp_gate, x.shape, self.dtype) * self.mlp_down(y), "batch", "sequence", None)
+
+class _Context(NamedTuple):
+    """What all blocks read of one pass, besides its streams."""
+
+    time: jax.Array  # embedded, [B, D]
+    segments: jax.Array | None  # see `_segments`
+    text_pool_mask: jax.Array | None
 
 
 class _JointBlock(nn.Module):
-    """Both streams, joined by one softmax over `[image | text]`."""
+    """Both streams of each pass, joined by one softmax over `[image | text]`; passes do not see each other."""
 
     config: TransformerConfig
     dtype: jnp.dtype
     attention: str
-    target_length: int | None  # image tokens whose mean the block also returns; None: no means
+    target_lengths: tuple[int, ...] | None  # of each pass, image tokens whose mean comes back as well; None: no means
 
     @nn.compact
-    def __call__(
-        self,
-        carry: tuple[jax.Array, jax.Array],
-        time: jax.Array,
-        segments: jax.Array | None,
-        text_pool_mask: jax.Array | None,
-    ):
+    def __call__(self, carry: tuple[list[jax.Array], list[jax.Array]], contexts: list[_Context]):
         streams = [_Stream(self.config, self.dtype, name=name) for name in ("image", "text")]
-        modulations = [stream.modulate(time) for stream in streams]
-        projected = [s.project(x, m[0], m[1]) for s, x, m in zip(streams, carry, modulations, strict=True)]
-        query, key, value = (jnp.concatenate(pair, axis=1) for pair in zip(*projected, strict=True))
-        attended = attend(query, key, value, segments, backend=self.attention)
-        parts = jnp.split(attended, [carry[0].shape[1]], axis=1)
-        image, text = (s.update(x, p, m) for s, x, p, m in zip(streams, carry, parts, modulations, strict=True))
-        if self.target_length is None:
-            return (image, text), None
-        return (image, text), (mean_tokens(image[:, : self.target_length]), mean_tokens(text, text_pool_mask))
+        modulations = [stream.modulate([context.time for context in contexts]) for stream in streams]
+        projected = [s.project(xs, m) for s, xs, m in zip(streams, carry, modulations, strict=True)]
+        attended = []
+        for image, text, context in zip(*projected, contexts, strict=True):
+            query, key, value = (jnp.concatenate(pair, axis=1) for pair in zip(image, text, strict=True))
+            joint = attend(query, key, value, context.segments, backend=self.attention)
+            attended.append(jnp.split(joint, [image[0].shape[1]], axis=1))
+        parts = [list(part) for part in zip(*attended, strict=True)]
+        carry = tuple(s.update(xs, p, m) for s, xs, p, m in zip(streams, carry, parts, modulations, strict=True))
+        if self.target_lengths is None:
+            return carry, None
+        return carry, [
+            (mean_tokens(image[:, :length]), mean_tokens(text, context.text_pool_mask))
+            for image, text, context, length in zip(*carry, contexts, self.target_lengths, strict=True)
+        ]
 
 
 class UniAlign(nn.Module):
@@ -266,33 +313,15 @@ class UniAlign(nn.Module):
     unroll: int = 1
 
     @nn.compact
-    def __call__(
-        self,
-        latents: jax.Array | None,
-        text_states: jax.Array,
-        timesteps: jax.Array,
-        *,
-        references: jax.Array | None = None,
-        reference_mask: jax.Array | None = None,
-        semantic_depth: int | None = None,
-        text_pool_mask: jax.Array | None = None,
-        want_image: bool = True,
-        want_text: bool = True,
-    ) -> Outputs:
-        """One forward pass.
+    def __call__(self, *passes: Pass, semantic_depth: int | None = None) -> list[Outputs]:
+        """Forward passes, side by side: each block's weights, split over the mesh, are gathered once for all of them.
 
         Args:
-          latents: `[B, H, W, in_channels]`, or None: the learned null tokens stand in for the image.
-          text_states: text encoder states `[B, T, joint_attention_dim]`.
-          timesteps: `[B]` in [0, 1000]; 0 is clean.
-          references: clean latents `[B, N, H, W, in_channels]` of the target's size, or None.
-          reference_mask: bool `[B, N]`, False where a sample has no such reference; None: all are present.
+          *passes: their inputs; they need not agree in anything.
           semantic_depth: number of blocks after which the adapters read the streams; None: no adapters.
-          text_pool_mask: bool `[B, T]`, the text tokens that the text adapter averages; None: all (as published).
-          want_image, want_text: whether to compute that head.
 
         Returns:
-          `Outputs`.
+          `Outputs` of each.
 
         Raises:
           ValueError: for sizes or a depth that the network does not have.
@@ -306,14 +335,18 @@ class UniAlign(nn.Module):
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat policy {self.remat!r} is unknown; choose one of {sorted(REMAT_POLICIES)}")
 
-        image, target_length = self._embed_images(latents, references, len(text_states))
-        text = dense(config.width, ("text_embed", "embed"), name="text_embed")(text_states)
-        text = constrain(text, "batch", "sequence", None)
-        time = _TwoLayer(config.width, config.width, False, self.dtype, name="time_embed")(time_features(timesteps))
-        time = nn.silu(time)
-        segments = None
-        if references is not None and reference_mask is not None:
-            segments = _segments(target_length, reference_mask, text.shape[1])
+        images, lengths = self._embed_images(passes)
+        text_embed = dense(config.width, ("text_embed", "embed"), name="text_embed")
+        texts = text_embed([item.text_states for item in passes])
+        texts = [constrain(text, "batch", "sequence", None) for text in texts]
+        time_embed = _TwoLayer(config.width, config.width, False, self.dtype, name="time_embed")
+        contexts = []
+        for item, length in zip(passes, lengths, strict=True):
+            time = nn.silu(time_embed(time_features(item.timesteps)))
+            segments = None
+            if item.references is not None and item.reference_mask is not None:
+                segments = _segments(length, item.reference_mask, item.text_states.shape[1])
+            contexts.append(_Context(time, segments, item.text_pool_mask))
 
         block = _JointBlock
         if self.remat != "none":
@@ -322,43 +355,53 @@ class UniAlign(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast,) * 3,
+            in_axes=nn.broadcast,
             length=config.num_layers,
             unroll=self.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        pool = target_length if semantic_depth is not None else None
-        (image, text), pooled = blocks(config, self.dtype, self.attention, pool, name="blocks")(
-            (image, text), time, segments, text_pool_mask
-        )
+        pool = lengths if semantic_depth is not None else None
+        carry, pooled = blocks(config, self.dtype, self.attention, pool, name="blocks")((images, texts), contexts)
 
-        image = image[:, :target_length]
-        image_semantic = text_semantic = velocity = logits = None
+        semantics = [(None, None)] * len(passes)
         if semantic_depth is not None:
-            image_semantic, text_semantic = (
-                _TwoLayer(config.adapter_hidden, config.semantic_dim, True, self.dtype, name=name)(
-                    means[semantic_depth - 1]
-                ).astype(jnp.float32)
-                for name, means in zip(("image_adapter", "text_adapter"), pooled, strict=True)
-            )
-        if latents is not None:
-            modulation = dense(2 * config.width, ("embed", "mlp"), kernel_init=ZEROS, name="image_modulation")
-            scale, shift = jnp.split(modulation(time)[:, None], 2, axis=-1)
-            image = (layer_norm(image) * (1 + scale) + shift).astype(self.dtype)
-            if want_image:
-                features = config.patch_size**2 * config.out_channels
-                tokens = dense(features, ("embed", None), kernel_init=ZEROS, name="image_head")(image)
-                velocity = _unpatchify(tokens.astype(jnp.float32), *latents.shape[1:3], config.patch_size)
-        text = layer_norm(text).astype(self.dtype)
-        if want_text:
-            logits = dense(config.vocab_size, ("embed", "vocab"), name="text_head")(text).astype(jnp.float32)
-            logits = constrain(logits, "batch", "sequence", "vocab")
-        return Outputs(velocity, logits, image, text, image_semantic, text_semantic)
+            adapters = [
+                _TwoLayer(config.adapter_hidden, config.semantic_dim, True, self.dtype, name=name)
+                for name in ("image_adapter", "text_adapter")
+            ]
+            semantics = [
+                tuple(
+                    adapter(means[semantic_depth - 1]).astype(jnp.float32)
+                    for adapter, means in zip(adapters, both, strict=True)
+                )
+                for both in pooled
+            ]
+        modulation = dense(2 * config.width, ("embed", "mlp"), kernel_init=ZEROS, name="image_modulation")
+        features = config.patch_size**2 * config.out_channels
+        image_head = dense(features, ("embed", None), kernel_init=ZEROS, name="image_head")
+        text_head = dense(config.vocab_size, ("embed", "vocab"), name="text_head")
+        outputs = []
+        for item, image, text, context, length, semantic in zip(
+            passes, *carry, contexts, lengths, semantics, strict=True
+        ):
+            image, velocity, logits = image[:, :length], None, None
+            if item.latents is not None:
+                scale, shift = jnp.split(modulation(context.time)[:, None], 2, axis=-1)
+                image = (layer_norm(image) * (1 + scale) + shift).astype(self.dtype)
+                if item.want_image:
+                    tokens = image_head(image).astype(jnp.float32)
+                    velocity = _unpatchify(tokens, *item.latents.shape[1:3], config.patch_size)
+            text = layer_norm(text).astype(self.dtype)
+            if item.want_text:
+                logits = constrain(text_head(text).astype(jnp.float32), "batch", "sequence", "vocab")
+            outputs.append(Outputs(velocity, logits, image, text, *semantic))
+        return outputs
 
-    def _embed_images(
-        self, latents: jax.Array | None, references: jax.Array | None, batch: int
-    ) -> tuple[jax.Array, int]:
-        """Tokens `[target | ref_1 | ... | ref_N]` and the target's length; references share the target's positions."""
+    def _embed_images(self, passes: Sequence[Pass]) -> tuple[list[jax.Array], tuple[int, ...]]:
+        """Of each pass its tokens `[target | ref_1 | ... | ref_N]`, and the target's length.
+
+        References share the target's positions.
+        """
         config = self.config
         null_tokens = self.param(
             "null_image_tokens",
@@ -371,25 +414,31 @@ class UniAlign(nn.Module):
             "positions",
             nn.with_logical_partitioning(lambda key: jnp.asarray(axis_positions(config)), (None, None)),
         )
-        if latents is None:
+        patch_embed = Dense(config.width, (None, "embed"), dtype=self.dtype, name="patch_embed")
+        out, lengths = [], []
+        for item in passes:
+            latents, references, batch = item.latents, item.references, len(item.text_states)
+            if latents is None:
+                if references is not None:
+                    raise ValueError("references need a target image: pass latents, or leave references out")
+                out.append(jnp.broadcast_to(null_tokens.astype(self.dtype), (batch, *null_tokens.shape)))
+                lengths.append(NUM_NULL_TOKENS)
+                continue
+            check_latent_size(config, *latents.shape[1:3])
+            images = latents[:, None]
             if references is not None:
-                raise ValueError("references need a target image: pass latents, or leave references out")
-            tokens = jnp.broadcast_to(null_tokens.astype(self.dtype), (batch, *null_tokens.shape))
-            return tokens, NUM_NULL_TOKENS
-        check_latent_size(config, *latents.shape[1:3])
-        images = latents[:, None]
-        if references is not None:
-            if references.shape[2:] != latents.shape[1:]:
-                raise ValueError(
-                    f"references are {references.shape[2:]} but the target is {latents.shape[1:]}; "
-                    "all images of a sample must have one size"
-                )
-            images = jnp.concatenate([images, references], axis=1)
-        patches = _patchify(images, config.patch_size)
-        tokens = Dense(config.width, (None, "embed"), dtype=self.dtype, name="patch_embed")(patches)
-        grid = (latents.shape[1] // config.patch_size, latents.shape[2] // config.patch_size)
-        tokens = (tokens + _positions(jax.lax.stop_gradient(positions), *grid)).astype(self.dtype)
-        return constrain(tokens.reshape(batch, -1, config.width), "batch", "sequence", None), patches.shape[2]
+                if references.shape[2:] != latents.shape[1:]:
+                    raise ValueError(
+                        f"references are {references.shape[2:]} but the target is {latents.shape[1:]}; "
+                        "all images of a sample must have one size"
+                    )
+                images = jnp.concatenate([images, references], axis=1)
+            patches = _patchify(images, config.patch_size)
+            grid = (latents.shape[1] // config.patch_size, latents.shape[2] // config.patch_size)
+            tokens = (patch_embed(patches) + _positions(jax.lax.stop_gradient(positions), *grid)).astype(self.dtype)
+            out.append(constrain(tokens.reshape(batch, -1, config.width), "batch", "sequence", None))
+            lengths.append(patches.shape[2])
+        return out, tuple(lengths)
 
 
 def _segments(target_length: int, reference_mask: jax.Array, text_length: int) -> jax.Array:
