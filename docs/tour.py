@@ -18,7 +18,7 @@ def main() -> None:
     picture = pipeline.generate(PROMPT, seed=1)
     said = pipeline.caption(picture)
     answer = pipeline.answer(picture, "what colour is the star?")
-    edited = pipeline.edit(picture, "make the star green and remove the red circle")
+    edited = pipeline.edit(picture, "make the blue star green and remove the red circle")
     mask = pipeline.perceive(picture, "segmentation")
     ring, heart = pipeline.generate(
         ["a small yellow ring at the centre on a white background", "large pink heart centre, on brown"], seed=[2, 3]
@@ -30,7 +30,7 @@ def main() -> None:
         ("generate", [], PROMPT, picture),
         ("caption", [picture], "", said),
         ("answer", [picture], "what colour is the star?", answer),
-        ("edit", [picture], "make the star green and remove the red circle", edited),
+        ("edit", [picture], "make the blue star green and remove the red circle", edited),
         ("perceive", [picture], "segmentation", mask),
         (
             "compose",
