@@ -196,7 +196,7 @@ def build_networks(
       model: mappings `transformer`, `text_encoder`, one of `autoencoder` and `pixel_codec`, and `teacher` or None, with
         the fields of their config dataclasses.
       dtype: compute dtype, "bfloat16" or "float32" (throughout).
-      remat: a key of `models.unialign.REMAT_POLICIES`.
+      remat: a key of `models.blocks.REMAT_POLICIES`.
       attention: the transformer's backend, see `models.attention.attend`.
       unroll: see `models.unialign.UniAlign`.
 

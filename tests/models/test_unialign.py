@@ -9,14 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unialign_jax.models.unialign import (
-    REMAT_POLICIES,
-    Pass,
-    TransformerConfig,
-    UniAlign,
-    axis_positions,
-    time_features,
-)
+from unialign_jax.models.blocks import REMAT_POLICIES
+from unialign_jax.models.unialign import Pass, TransformerConfig, UniAlign, axis_positions, time_features
 
 TINY = TransformerConfig(
     sample_size=8,

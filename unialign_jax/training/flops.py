@@ -106,7 +106,7 @@ def recomputed_flops(
 
     Args:
       config: the transformer's shape.
-      remat: a key of `models.unialign.REMAT_POLICIES`.
+      remat: a key of `models.blocks.REMAT_POLICIES`.
       batch, image_tokens, text_tokens, references, image_pass, text_pass: as for `train_step_flops`.
     """
     passes = []

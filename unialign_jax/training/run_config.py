@@ -126,7 +126,7 @@ class RunConfig:
       cache_directory: where `launch/precompute.py` has put it, local or `gs://`.
       micro_batches: parts in which a batch is worked off, see `training.step`.
       dtype: compute dtype, "bfloat16" or "float32".
-      remat: what the backward pass recomputes, see `models.unialign.REMAT_POLICIES`.
+      remat: what the backward pass recomputes, see `models.blocks.REMAT_POLICIES`.
       attention: the transformer's kernel, see `models.attention.attend`.
       unroll: blocks in one iteration of the loop over blocks, see `models.unialign.UniAlign`.
       strategy: how the model and the batch are split over devices, see `parallel.mesh_shape`.
