@@ -92,6 +92,7 @@ def tell_end(message: str, code: int) -> None:
 
 
 def _end_with_the_others(client: Any) -> None:
+    """Watches for `tell_end` of another process, and ends this one; runs in a thread of its own."""
     while True:
         time.sleep(_WATCHING)
         try:

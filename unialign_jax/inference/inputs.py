@@ -217,6 +217,7 @@ def digest(path: str) -> str:
 
 @contextlib.contextmanager
 def _told() -> Iterator[None]:
+    """Makes of what is refused within the error that callers are told: ValueError, or OSError where it may pass."""
     try:
         yield
     except Refused as refused:

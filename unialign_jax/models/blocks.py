@@ -78,6 +78,17 @@ class TransformerConfig:
         return self.num_attention_heads * self.attention_head_dim
 
 
+class _Modulation(NamedTuple):
+    """What a block's modulation makes of a pass's time, for one stream; `[B, 1, D]` each."""
+
+    attention_shift: jax.Array
+    attention_scale: jax.Array
+    attention_gate: jax.Array
+    mlp_shift: jax.Array
+    mlp_scale: jax.Array
+    mlp_gate: jax.Array
+
+
 class _Stream(nn.Module):
     """One modality's half of a joint block: its modulation, projections and MLP. Lists hold one array for each pass."""
 
@@ -96,28 +107,29 @@ class _Stream(nn.Module):
             self.query_norm = RMSNorm(dtype=self.dtype)
             self.key_norm = RMSNorm(dtype=self.dtype)
 
-    def modulate(self, times: list[jax.Array]) -> list[list[jax.Array]]:
-        """Six `[B, 1, D]` vectors a pass: shift, scale, gate of the attention, then of the MLP."""
-        return [jnp.split(vectors[:, None], 6, axis=-1) for vectors in self.modulation(times)]
+    def modulate(self, times: list[jax.Array]) -> list[_Modulation]:
+        """Of embedded times `[B, D]`."""
+        return [_Modulation(*jnp.split(vectors[:, None], 6, axis=-1)) for vectors in self.modulation(times)]
 
     def project(
-        self, xs: list[jax.Array], modulations: list[list[jax.Array]]
+        self, xs: list[jax.Array], modulations: list[_Modulation]
     ) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
         """Queries, keys and values of the normed, modulated tokens, each `[B, S, heads, head_dim]`."""
-        xs = [self._norm(x, shift, scale) for x, (shift, scale, *_) in zip(xs, modulations, strict=True)]
+        xs = [self._norm(x, m.attention_shift, m.attention_scale) for x, m in zip(xs, modulations, strict=True)]
         queries, keys, values = (layer(xs) for layer in (self.query, self.key, self.value))
         return [self._heads(*three) for three in zip(queries, keys, values, strict=True)]
 
-    def update(
-        self, xs: list[jax.Array], attended: list[jax.Array], modulations: list[list[jax.Array]]
-    ) -> list[jax.Array]:
+    def update(self, xs: list[jax.Array], attended: list[jax.Array], modulations: list[_Modulation]) -> list[jax.Array]:
         """Adds the gated attention output and the gated MLP to the residual streams `[B, S, D]`."""
         outs = self.out([a.reshape(x.shape) for a, x in zip(attended, xs, strict=True)])
-        xs = [x + spread(m[2], x.shape, self.dtype) * out for x, out, m in zip(xs, outs, modulations, strict=True)]
-        ys = self.mlp_up([self._norm(x, *m[3:5]) for x, m in zip(xs, modulations, strict=True)])
+        xs = [
+            x + spread(m.attention_gate, x.shape, self.dtype) * out
+            for x, out, m in zip(xs, outs, modulations, strict=True)
+        ]
+        ys = self.mlp_up([self._norm(x, m.mlp_shift, m.mlp_scale) for x, m in zip(xs, modulations, strict=True)])
         ys = self.mlp_down([constrain(nn.gelu(y, approximate=True), "batch", "sequence", "mlp") for y in ys])
         return [
-            constrain(x + spread(m[5], x.shape, self.dtype) * y, "batch", "sequence", None)
+            constrain(x + spread(m.mlp_gate, x.shape, self.dtype) * y, "batch", "sequence", None)
             for x, y, m in zip(xs, ys, modulations, strict=True)
         ]
 
@@ -133,10 +145,15 @@ class _Stream(nn.Module):
 
 
 class Context(NamedTuple):
-    """What all blocks read of one pass, besides its streams."""
+    """What all blocks read of one pass, besides its streams.
 
-    time: jax.Array  # embedded, [B, D]
-    segments: jax.Array | None  # see `_segments`
+    time: embedded, `[B, D]`.
+    segments: ids int32 `[B, S]` of all tokens, see `attention.attend`; None: all attend to all.
+    text_pool_mask: bool `[B, T]`, the text tokens whose mean is taken; None: all.
+    """
+
+    time: jax.Array
+    segments: jax.Array | None
     text_pool_mask: jax.Array | None
 
 
@@ -150,6 +167,7 @@ class JointBlock(nn.Module):
 
     @nn.compact
     def __call__(self, carry: tuple[list[jax.Array], list[jax.Array]], contexts: list[Context]):
+        """The streams `[B, S, D]` of image and text, each a list over passes -> the same, and the means `[B, D]`."""
         streams = [_Stream(self.config, self.dtype, name=name) for name in ("image", "text")]
         modulations = [stream.modulate([context.time for context in contexts]) for stream in streams]
         projected = [s.project(xs, m) for s, xs, m in zip(streams, carry, modulations, strict=True)]

@@ -1,5 +1,6 @@
 """What a sampling run is asked for, row by row: from flags, a text file or JSONL, streamed."""
 
+import abc
 import codecs
 import dataclasses
 import hashlib
@@ -39,7 +40,7 @@ class Row:
     error: str | None = None
 
 
-class Rows:
+class Rows(abc.ABC):
     """The rows of a run, in order. Iterating streams them; only their number is known beforehand.
 
     Attributes:
@@ -52,8 +53,8 @@ class Rows:
         self.task, self.seed = task, seed
         self.count, self.digest, self.strict = 0, "", False
 
-    def __iter__(self) -> Iterator[Row]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def __iter__(self) -> Iterator[Row]: ...
 
     def _row(self, index: int, prompt: Any, images: Any, seed: Any = None) -> Row:
         seed = (self.seed + index) % 2**32 if seed is None else seed
