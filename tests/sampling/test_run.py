@@ -20,7 +20,6 @@ from PIL import Image
 from unialign_jax import exports, sampling
 from unialign_jax.pipeline import UniAlignPipeline
 from unialign_jax.sampling.outputs import is_result
-from unialign_jax.sampling.rows import FileRows
 
 ROOT = pathlib.Path(__file__).parents[2]
 FEW = {"steps": 2}
@@ -217,13 +216,10 @@ def test_names_of_files_need_not_be_unicode(run, pictures, tmp_path):
     assert len(tar_images((tmp_path / "tar").glob("*.tar"))) == 1
 
 
-def test_odd_files_of_prompts(run, tmp_path):
+def test_a_file_of_wide_characters_is_refused(run, tmp_path):
     (tmp_path / "wide.txt").write_bytes("a red square\n".encode("utf-16"))
     with pytest.raises(ValueError, match="wide.txt is UTF-16; save it as UTF-8"):
         run(prompts=tmp_path / "wide.txt")
-    file = jsonl(tmp_path / "deep.jsonl", ["[" * 100_000 + "\n", {"prompt": "a red square"}])
-    deep, whole = FileRows("generate", 0, file)
-    assert "deep.jsonl, line 1: " in deep.error and whole.error is None
 
 
 def test_home_is_understood_in_images(run, pictures, tmp_path, monkeypatch):
@@ -291,50 +287,6 @@ def test_wrong_jobs_are_refused(run, tmp_path, monkeypatch, job, message):
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(ValueError, match=message):
         run(**job)
-
-
-def test_a_long_file_is_streamed(tmp_path):
-    with (tmp_path / "many.txt").open("w") as file:
-        file.writelines(f"prompt {i}\n" for i in range(200_000))
-    rows = FileRows("generate", 5, tmp_path / "many.txt")
-    assert rows.count == 200_000
-    stream = iter(rows)
-    assert next(stream).prompt == "prompt 0"
-    last = list(stream)[-1]
-    assert (last.index, last.prompt, last.seed) == (199_999, "prompt 199999", 200_004)
-
-
-CAPTIONED = {"conversations": [{"from": "human", "value": "a dog"}, {"from": "gpt", "value": "…"}]}
-
-
-@pytest.mark.parametrize(
-    ("task", "row", "prompt", "images"),
-    [
-        ("generate", {"image": ["x.png"], **CAPTIONED}, "a dog", ()),
-        ("edit", {"image": ["a.png", "b.png"], "instruction": "swap", **CAPTIONED}, "swap", ("a.png",)),
-        ("perceive", {"image": ["a.png", "b.png"], "instruction": "depth", **CAPTIONED}, "depth", ("a.png",)),
-        ("compose", {"original_images": ["a.png"], "generated_images": ["x.png"], "caption": "c",
-                     "edit_prompt": ' \\"both\\" '}, "both", ("a.png",)),
-        ("caption", {"image": ["a.png"], **CAPTIONED}, "", ("a.png",)),
-        ("answer", {"image": ["a.png"], "question": "which?", "answer": "that"}, "which?", ("a.png",)),
-        ("generate", {"prompt": ' \\"said\\"'}, ' \\"said\\"', ()),
-    ],
-)  # fmt: skip
-def test_rows_of_training_data_are_prompts_too(tmp_path, task, row, prompt, images):
-    (made,) = FileRows(task, 0, jsonl(tmp_path / "rows.jsonl", [row]))
-    assert (made.error, made.prompt) == (None, prompt)
-    assert made.images == tuple(str(tmp_path / image) for image in images)
-
-
-def test_questions_about_images_are_no_prompts(tmp_path):
-    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a dog"}]
-    (row,) = FileRows("generate", 0, jsonl(tmp_path / "rows.jsonl", [{"image": "a.png", "conversations": turns}]))
-    assert "generate needs a prompt" in row.error
-
-
-def test_two_images_are_one_too_many_where_no_row_of_training_has_them(tmp_path):
-    (row,) = FileRows("edit", 0, jsonl(tmp_path / "rows.jsonl", [{"instruction": "swap", "image": ["a", "b"]}]))
-    assert "takes one image a row, not 2" in row.error
 
 
 CHILD = """
