@@ -1,5 +1,7 @@
 """The parallel plan: what strategies mean, what is refused before anything runs, the reviewed plans."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,16 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from unialign_jax import parallel
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """As a GPU describes itself."""
+
+    id: int
+    process_index: int
+    platform: str = "gpu"
+    device_kind: str = "GPU"
 
 
 def abstract_mesh(strategy: str, devices: int) -> AbstractMesh:
@@ -55,6 +67,20 @@ def test_strategies(strategy, devices, slices, shape):
 def test_wrong_strategies_are_one_error(strategy, devices, slices, message):
     with pytest.raises(ValueError, match=message):
         parallel.mesh_shape(strategy, devices, slices)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "each", "refused"),
+    [("data+tensor=12", 8, True), ("data+tensor=3", 8, True), ("data+tensor=4", 8, False), ("fsdp+tensor=8", 4, False)],
+)
+def test_processes_share_all_of_their_rows_or_none(strategy, each, refused):
+    """24 devices, `each` of them in one process."""
+    devices = [Device(i, i // each) for i in range(24)]
+    if refused:
+        with pytest.raises(ValueError, match="lie across processes of 8, so that two hold some of the same samples"):
+            parallel.make_mesh(strategy, devices)
+    else:
+        assert parallel.make_mesh(strategy, devices).size == 24
 
 
 def test_batches_and_heads_that_do_not_divide_are_refused():

@@ -4,6 +4,7 @@ Mesh axes: `data` (copies of the model, and slices), `fsdp` (batch and parameter
 (heads, MLP, vocabulary). Parameters, optimizer moments and moving average are split alike; so are the frozen encoders.
 """
 
+import collections
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -93,7 +94,7 @@ def make_mesh(strategy: str, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices (or the given ones), laid out so that neighbours in it are neighbours in the network.
 
     Raises:
-      ValueError: see `mesh_shape`.
+      ValueError: see `mesh_shape`; or two processes would hold some of the same rows of a batch, but not all.
     """
     devices = jax.devices() if devices is None else list(devices)
     # Of TPUs only: GPUs count every host as a slice, and their network lets any axis span hosts.
@@ -106,7 +107,24 @@ def make_mesh(strategy: str, devices: Sequence[Any] | None = None) -> Mesh:
         layout = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
     else:
         layout = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    _check_processes(layout, strategy)
     return Mesh(layout, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _check_processes(layout: np.ndarray, strategy: str) -> None:
+    """Refuses devices `[data, fsdp, sequence, tensor]` of which two processes share a part of their rows only: whole
+    processes read, count and cache rows together, or none.
+    """
+    held = collections.defaultdict(set)
+    for place, device in np.ndenumerate(layout):
+        held[device.process_index].add(place[: len(BATCH_AXES)])
+    groups = {frozenset(rows) for rows in held.values()}
+    if sum(map(len, groups)) > math.prod(layout.shape[: len(BATCH_AXES)]):
+        raise PlanError(
+            f"strategy {strategy!r}: sequence x tensor = {layout.shape[2]} x {layout.shape[3]} devices lie across "
+            f"processes of {layout.size // len(held)}, so that two hold some of the same samples but not all; choose "
+            "sizes whose product divides the devices of a process, or is a multiple of them"
+        )
 
 
 def first_device() -> Mesh:

@@ -64,8 +64,8 @@ def cached(corpus, tmp_path_factory):
     """A directory with all caches, of two shards each."""
     flags.FLAGS.mark_as_parsed()  # Grain's workers read its flags
     directory = tmp_path_factory.mktemp("caches")
-    # With a worker process: refusals cross its boundary.
-    precompute(make_config(corpus, cached=ALL, **{"data.workers": 1}), directory, rows_per_shard=7, batch=4)
+    # With a worker process: refusals cross its boundary. A batch is more than is read together, and than a shard holds.
+    precompute(make_config(corpus, cached=ALL, **{"data.workers": 1}), directory, rows_per_shard=7, batch=12)
     return directory
 
 

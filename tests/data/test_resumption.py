@@ -14,7 +14,7 @@ import pytest
 from small_batches import Bytes, config, levels, take
 
 from unialign_jax.data import pipeline
-from unialign_jax.data.pipeline import make_batches, merge_states
+from unialign_jax.data.pipeline import DataChanged, make_batches, merge_states
 from unialign_jax.data.sources import SourceConfig
 from unialign_jax.data.tokenizer import Tokenizer
 
@@ -41,7 +41,7 @@ def hosts(count, *arguments):
 @pytest.mark.parametrize("chunk", [8, 3])
 def test_restarts_on_other_numbers_of_hosts_yield_exactly_what_was_not_seen(write_rows, monkeypatch, chunk):
     """1 -> 2 -> 4 -> 3 (two of which hold the same samples) -> 1 hosts, in the middle of passes."""
-    monkeypatch.setattr(pipeline, "_CHUNK", chunk)
+    monkeypatch.setattr(pipeline, "CHUNK", chunk)
     sources = write_rows(30, "a.jsonl", absent=(3, 17)), SourceConfig(write_rows(13, "b.jsonl", first=100), weight=0.5)
     setting = config(*sources, refused_share=0.1, seed=5)
     with make_batches(setting, Bytes()) as batches:
@@ -81,6 +81,20 @@ def test_states_that_make_no_whole_are_refused(write_rows):
         with pytest.raises(ValueError, match=r"states differ in drawn: \[\[1\], \[2\]\]"):
             merge_states([one, second.get_state()])
         assert merge_states([other, one])["drawn"] == [1]
+
+
+def test_hosts_that_could_use_different_rows_of_those_they_share_are_refused(write_rows):
+    """A file that is missing on one of them: its stand-in would be mixed with the other's row."""
+    path = write_rows(8)
+    setting = config(path, refused_share=0.2)
+    one, other = (make_batches(setting, Bytes()) for _ in range(2))
+    with one, other:
+        take(one, 2)
+        image = pathlib.Path(path).parent / json.loads(pathlib.Path(path).read_text().splitlines()[5])["image"][0]
+        image.unlink()
+        take(other, 2)
+        with pytest.raises(DataChanged, match=r"process 1 and another one make the same rows.*line 6, missing image"):
+            merge_states([one.get_state(), other.get_state()])
 
 
 def test_resuming_yields_exactly_what_was_not_seen(write_rows):

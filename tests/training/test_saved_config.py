@@ -52,6 +52,20 @@ def test_each_difference_is_shown_and_refused():
         assert part in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "was", "now"),
+    [("seed", 1, 2), ("data.sources.edit.weight", 1.0, 2.0), ("data.sources.edit.task", "edit", "perceive")],
+)
+def test_what_the_order_of_samples_follows_from_is_never_allowed(key, was, now):
+    def nested(value):
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        return value
+
+    with pytest.raises(ConfigChanged, match=f"{key} was .*can't change in a run.*use another --workdir, with init"):
+        check_unchanged(nested(was), nested(now), (key,))
+
+
 @pytest.mark.parametrize("allowed", [("steps", "optimizer"), ("steps,optimizer.learning_rate",)])
 def test_allowed_keys_pass_and_are_returned(allowed):
     changed = as_json(make_config(**{"steps": 200, "optimizer.learning_rate": 3e-5}))

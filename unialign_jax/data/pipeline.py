@@ -31,13 +31,11 @@ from unialign_jax.data.config import DataConfig
 from unialign_jax.data.report import MAX_NAMED, Report
 from unialign_jax.data.schedule import Schedule, next_stream
 from unialign_jax.data.sources import Source, open_source
-from unialign_jax.data.streams import ReadChunk, Stream, make_streams, read_ahead
+from unialign_jax.data.streams import CHUNK, ReadChunk, Stream, make_streams, read_ahead
 from unialign_jax.data.tokenizer import PlainTokenizer, Tokenizer
 
 _STATE_VERSION = 3
 _POLL_SECONDS = 0.1
-# Samples that travel together: handing over each for itself costs 3 % of a photograph's decoding. 100 MB at 2048².
-_CHUNK = 8
 
 
 def make_batches(
@@ -101,6 +99,7 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
       states: `Batches.get_state()` of every host, after the same batch.
 
     Raises:
+      DataChanged: hosts that make the same rows could not use different ones: their files differ.
       ValueError: they are not of one pipeline after one batch, or don't make up whole batches.
     """
     first = states[0]
@@ -108,7 +107,12 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
         values = [state.get(key) for state in states]
         if any(value != values[0] for value in values):
             raise ValueError(f"the hosts' data states differ in {key}: {values}; expected those of one step of one run")
-    by_slots = {tuple(state["slots"]): state for state in states}
+    by_slots: dict[tuple[int, ...], dict[str, Any]] = {}
+    for number, state in enumerate(states):
+        twin = by_slots.setdefault(tuple(state["slots"]), state)
+        for here, there in zip(twin["reports"], state["reports"], strict=True):
+            if here != there:
+                raise DataChanged(_disagreement(number, here, there))
     slots = sorted(slot for part in by_slots for slot in part)
     if slots != list(range(first["global_batch"])):
         raise ValueError(
@@ -117,6 +121,18 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
         )
     reports = zip(*(state["reports"] for state in by_slots.values()), strict=True)
     return first | {"slots": slots, "reports": [Report.merge(parts) for parts in reports]}
+
+
+def _disagreement(number: int, here: dict[str, Any], there: dict[str, Any]) -> str:
+    """Of two hosts that make the same rows of a source."""
+    theirs = [tuple(map(str, entry)) for entry in there["named"]]
+    ours = [tuple(map(str, entry)) for entry in here["named"]]
+    odd = next((entry for entry in theirs + ours if (entry in theirs) != (entry in ours)), None)
+    shown = f": {odd[1]}, {odd[2]}: {odd[3]}" if odd else ""
+    return (
+        f"{here['path']}: process {number} and another one make the same rows, but a row that one can use the other "
+        f"can't{shown}. Both must train on the same: give them the same files, and go on from the newest checkpoint"
+    )
 
 
 class DataChanged(ValueError):
@@ -302,7 +318,8 @@ class _Plan:
             if state.get(key) != here:
                 raise DataChanged(
                     f"the data state was saved with {key} = {state.get(key)!r}, this pipeline has {here!r}: it "
-                    "can't go on exactly. Use the same configuration and files, or start anew."
+                    "can't go on exactly. Use the same configuration and files, or another --workdir, with init set "
+                    "to this run to go on from its parameters."
                 )
         if list(state["slots"]) != list(range(self.config.global_batch)):
             raise ValueError(
@@ -312,7 +329,7 @@ class _Plan:
 
     def chunks(self) -> tuple[tuple[int, ...], ...]:
         """The slots of this host in parts that are read together."""
-        return tuple(self.slots[start : start + _CHUNK] for start in range(0, len(self.slots), _CHUNK))
+        return tuple(self.slots[start : start + CHUNK] for start in range(0, len(self.slots), CHUNK))
 
     def elements(self, drawn: Sequence[int]) -> grain.IterDataset:
         """Prepared samples for this host in chunks, batch after batch, after those drawn."""

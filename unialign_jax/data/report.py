@@ -45,6 +45,7 @@ class Report:
         self.read = 0
         self.refused: collections.Counter[str] = collections.Counter()
         self.named: dict[int, tuple[str, str, str]] = {}
+        self._told: list[list] | None = None  # `named` as states have it, made anew once it has changed
         self._pass = 0
         self._refused_in_pass = 0
 
@@ -68,6 +69,7 @@ class Report:
         self._refused_in_pass += 1
         if len(self.named) < self.max_named:
             self.named[row] = (place, cause, detail)
+            self._told = None
         expected = self.limit * self.read
         # Buckets go through their rows each in its own time, so that a pass over all may meet a row twice.
         distinct = len(self.named) if len(self.named) < self.max_named else math.inf
@@ -84,13 +86,15 @@ class Report:
         )
 
     def state(self) -> dict:
-        """JSON-able; `restore` takes it back. Also what to write to disk: it names the refused rows."""
+        """JSON-able, not to be changed; `restore` takes it back. Also for the disk: it names the refused rows."""
+        if self._told is None:
+            self._told = [[row, *why] for row, why in self.named.items()]
         return {
             "path": self.path,
             "rows": self.rows,
             "read": self.read,
             "refused": dict(self.refused),
-            "named": [[row, *why] for row, why in self.named.items()],
+            "named": self._told,
             "pass": self._pass,
             "refused_in_pass": self._refused_in_pass,
         }
@@ -100,6 +104,7 @@ class Report:
         self.read = state["read"]
         self.refused = collections.Counter(state["refused"])
         self.named = {row: (place, cause, detail) for row, place, cause, detail in state["named"]}
+        self._told = None
         self._pass, self._refused_in_pass = state["pass"], state["refused_in_pass"]
 
     @staticmethod

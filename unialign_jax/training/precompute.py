@@ -29,7 +29,7 @@ from unialign_jax.data.config import DataConfig
 from unialign_jax.data.report import CorpusError, Report
 from unialign_jax.data.samples import Cause, Refused, Sample
 from unialign_jax.data.sources import Source, open_source
-from unialign_jax.data.streams import Stream, make_streams, read_ahead
+from unialign_jax.data.streams import CHUNK, Stream, make_streams, read_ahead
 from unialign_jax.networks import Params
 from unialign_jax.training import caching, run_config, tokenizers
 from unialign_jax.training.cache_jobs import Job, Share, Target, estimate, make_jobs, make_targets, rounds
@@ -169,9 +169,10 @@ def _work(job: Job, share: Share, encode: "_Encoder", config: DataConfig, report
     """Makes the shards of a job."""
     turns = tuple(rounds(job, share))
     needs_pixels = any(part != "instructions" for part in job.targets)
-    steps = tuple(step for turn in turns for step in turn.steps)
-    read = _Read(job.source, job.stream, steps, share.sizes[share.group], needs_pixels)
-    elements = iter(read_ahead(grain.MapDataset.range(len(steps)).map(read), config))
+    rooms = _split(range(share.sizes[share.group]))
+    chunks = tuple((step[room.start : room.stop], len(room)) for turn in turns for step in turn.steps for room in rooms)
+    read = _Read(job.source, job.stream, chunks, needs_pixels)
+    elements = iter(read_ahead(grain.MapDataset.range(len(chunks)).map(read), config))
     number = 0
     try:
         for turn in turns:
@@ -185,11 +186,14 @@ def _work(job: Job, share: Share, encode: "_Encoder", config: DataConfig, report
                 # While the devices encode a batch, the one before is written.
                 encoded: collections.deque[tuple[_Element, dict[str, jax.Array]]] = collections.deque()
                 for count in turn.counts:
-                    element = next(elements, None)
-                    if element is None or element.pop("index") != number:
-                        # Grain goes on silently without the elements of a worker process that was killed.
-                        raise ChildProcessError(f"{job.source.path}: a worker process died; start again")
-                    number += 1
+                    parts = []
+                    for _ in rooms:
+                        parts.append(next(elements, None))
+                        if parts[-1] is None or parts[-1].pop("index") != number:
+                            # Grain goes on silently without the elements of a worker process that was killed.
+                            raise ChildProcessError(f"{job.source.path}: a worker process died; start again")
+                        number += 1
+                    element = _joined(parts, rooms)
                     encoded.append((element, encode(element.pop("arrays"), tuple(job.targets))))
                     if len(encoded) > 1:
                         refusals += _write(*encoded.popleft(), job, writers, report)
@@ -207,6 +211,25 @@ def _work(job: Job, share: Share, encode: "_Encoder", config: DataConfig, report
 
 
 _Element = dict[str, Any]
+
+
+def _split(slots: range) -> tuple[range, ...]:
+    """In parts that are read together: as in training, whatever the size of a batch."""
+    return tuple(slots[start : start + CHUNK] for start in slots[::CHUNK])
+
+
+def _joined(parts: Sequence[_Element], rooms: Sequence[range]) -> _Element:
+    """The rows of this host in a batch. Only the last parts have fewer than they have room for."""
+    return {
+        "rows": [row for part in parts for row in part["rows"]],
+        "digests": [mark for part in parts for mark in part["digests"]],
+        "refusals": {
+            room.start + place: refused
+            for part, room in zip(parts, rooms, strict=True)
+            for place, refused in part["refusals"].items()
+        },
+        "arrays": {name: np.concatenate([part["arrays"][name] for part in parts]) for name in parts[0]["arrays"]},
+    }
 
 
 def _write(
@@ -267,24 +290,23 @@ def _shard_writer(target: Target, shard: int) -> Iterator[ArrayRecordWriter]:
 
 @dataclasses.dataclass(frozen=True)
 class _Read:
-    """Number of a step -> the rows of this host in its batch, ready to be encoded. Runs in the workers.
+    """Number of a chunk -> its rows, a part of this host's in a batch, ready to be encoded. Runs in the workers.
 
     Attributes:
       source, stream: of the rows.
-      steps: places in the stream, by step.
-      size: rows that a batch has room for here.
+      chunks: places in the stream, and how many rows there is room for.
       needs_pixels: whether images are read.
     """
 
     source: Source
     stream: Stream
-    steps: tuple[range, ...]
-    size: int
+    chunks: tuple[tuple[range, int], ...]
     needs_pixels: bool
 
     def __call__(self, index: int) -> _Element:
-        """`index`; `rows`, `digests` and, by place, `refusals`; `arrays` `[size, ...]` as in `pipeline.Batches`."""
-        rows = list(map(int, self.stream.rows[self.steps[index].start : self.steps[index].stop]))
+        """`index`; `rows`, `digests` and, by place, `refusals`; `arrays` `[room, ...]` as in `pipeline.Batches`."""
+        places, room = self.chunks[index]
+        rows = list(map(int, self.stream.rows[places.start : places.stop]))
         digests, refusals, samples = [], {}, []
         for slot, row in enumerate(rows):
             mark, arrays = None, self._blank()
@@ -301,7 +323,7 @@ class _Read:
                 refusals[slot] = refused
             digests.append(mark)
             samples.append(arrays)
-        samples += [self._blank()] * (self.size - len(samples))
+        samples += [self._blank()] * (room - len(samples))
         arrays = {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
         return {"index": index, "rows": rows, "digests": digests, "refusals": refusals, "arrays": arrays}
 

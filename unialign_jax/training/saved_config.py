@@ -1,5 +1,6 @@
 """A run's config once it is written down: saved in every checkpoint, and compared with the current one on resume."""
 
+import fnmatch
 import importlib.metadata
 import json
 from collections.abc import Iterable, Mapping
@@ -11,7 +12,7 @@ from unialign_jax.training.run_config import ConfigError
 # They say how to resume and how the model is sampled, not what is being trained.
 _FREE = ("allow_changed", "resume_step", "protocol")
 # Which samples come next follows from these: the state of the data is of no other run.
-_FOR_GOOD = ("seed", "data.global_batch")
+_FOR_GOOD = ("seed", "data.global_batch", "data.sources.*.weight", "data.sources.*.task")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -83,7 +84,7 @@ def check_unchanged(saved: Mapping[str, Any], current: Mapping[str, Any], allowe
     found = {key: pair for key, pair in differences(saved, current).items() if key not in _FREE}
     refused = {key: pair for key, pair in found.items() if not is_permitted(key)}
     shown = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in (refused or found).items())
-    if never := [key for key in _FOR_GOOD if key in found]:
+    if never := [key for key in found if any(fnmatch.fnmatch(key, pattern) for pattern in _FOR_GOOD)]:
         raise ConfigChanged(
             f"the config differs from the one this run was saved with: {shown}. {' and '.join(never)} can't change in "
             "a run, for the order of its samples follows from it: restore the value, or use another --workdir, with "
