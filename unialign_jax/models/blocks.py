@@ -10,6 +10,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from unialign_jax.models.attention import attend
 from unialign_jax.models.attention_kernels import KEPT
@@ -19,6 +20,8 @@ from unialign_jax.parallel import constrain
 # From-scratch training starts with blocks that are the identity and a velocity of zero (adaLN-Zero, DiT section 3.2).
 ZEROS = nn.initializers.zeros_init()
 
+_MLP = "mlp"  # name of what an MLP adds to its stream before the gate: only the gate's gradient reads it again
+
 # What a block keeps for the backward pass. Memory and recomputation of each: docs/training.md.
 REMAT_POLICIES = {
     "none": None,  # everything is kept
@@ -27,6 +30,10 @@ REMAT_POLICIES = {
         jax.checkpoint_policies.save_only_these_names(PRODUCTS), KEPT
     ),
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCTS),  # attention is done again too
+    # A third of what "attention" does again is the MLP's second product.
+    "attention+mlp": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.save_only_these_names(_MLP), KEPT
+    ),
     "attention": KEPT,  # linear layers are done again
     "full": jax.checkpoint_policies.nothing_saveable,  # only the block's inputs are kept
 }
@@ -129,7 +136,7 @@ class _Stream(nn.Module):
         ys = self.mlp_up([self._norm(x, m.mlp_shift, m.mlp_scale) for x, m in zip(xs, modulations, strict=True)])
         ys = self.mlp_down([constrain(nn.gelu(y, approximate=True), "batch", "sequence", "mlp") for y in ys])
         return [
-            constrain(x + spread(m.mlp_gate, x.shape, self.dtype) * y, "batch", "sequence", None)
+            constrain(x + spread(m.mlp_gate, x.shape, self.dtype) * checkpoint_name(y, _MLP), "batch", "sequence", None)
             for x, y, m in zip(xs, ys, modulations, strict=True)
         ]
 
