@@ -70,3 +70,8 @@ def test_the_checksum_is_that_of_the_arrays(tmp_path):
         for key, x in arrays.items()
     }
     assert store.save_network(tmp_path / "in_pieces", rows) == first
+
+
+def test_a_public_directory_is_no_start_before_it_is_converted(golden):
+    with pytest.raises(FileNotFoundError, match=rf"convert it first: .*--to=jax --source={golden} --target=DIRECTORY"):
+        lineage.locate(golden)

@@ -47,9 +47,10 @@ def run(main: Callable[[], None]) -> None:
                 raise
             _exit(
                 f"the device's memory is full: {str(error).splitlines()[0]} Take a smaller batch (--batch), smaller "
-                "images or more devices; in training --config.remat=full, or more --config.micro_batches, which a run "
-                "that goes on takes with --config.allow_changed=micro_batches,remat, or, if it was for the grid of "
-                "samples, --config.log.samples_every=0",
+                "images or more devices; in training --config.remat=full, or more --config.micro_batches, or, if it "
+                "was for the grid of samples, --config.log.samples_every=0; a run that goes on takes them with "
+                "--config.allow_changed=micro_batches,remat,log.samples_every. Of a config of several stages, each is "
+                "set for the stage: --config.stages.STAGE.KEY",
                 FINAL_EXIT_CODE,
             )
 

@@ -59,6 +59,11 @@ def _locate(path: epath.Path) -> epath.Path:
     stages = sorted(p.parent.name for p in path.glob("*/checkpoints")) if path.is_dir() else []
     if stages:
         raise FileNotFoundError(f"{path} holds several stages of a run; name one: {', '.join(stages)}")
+    if is_public(path):
+        raise FileNotFoundError(
+            f"{path} is a public pipeline directory, from which nothing can start as it is; convert it first: "
+            f"python launch/convert.py --to=jax --source={path} --target=DIRECTORY"
+        )
     if path.is_dir() and path.name in shipped() and path == storage.absolute(path.name):
         raise FileNotFoundError(
             f"{path} is no checkpoint, and hides the shipped one of that name; rename it, or start this elsewhere"
