@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from small_batches import Bytes, config, levels, take
 
-from unialign_jax.data import pipeline
+from unialign_jax.data import streams
 from unialign_jax.data.pipeline import DataChanged, make_batches, merge_states
 from unialign_jax.data.sources import SourceConfig
 from unialign_jax.data.tokenizer import Tokenizer
@@ -41,7 +41,7 @@ def hosts(count, *arguments):
 @pytest.mark.parametrize("chunk", [8, 3])
 def test_restarts_on_other_numbers_of_hosts_yield_exactly_what_was_not_seen(write_rows, monkeypatch, chunk):
     """1 -> 2 -> 4 -> 3 (two of which hold the same samples) -> 1 hosts, in the middle of passes."""
-    monkeypatch.setattr(pipeline, "CHUNK", chunk)
+    monkeypatch.setattr(streams, "CHUNK", chunk)
     sources = write_rows(30, "a.jsonl", absent=(3, 17)), SourceConfig(write_rows(13, "b.jsonl", first=100), weight=0.5)
     setting = config(*sources, refused_share=0.1, seed=5)
     with make_batches(setting, Bytes()) as batches:

@@ -31,7 +31,7 @@ from unialign_jax.data.config import DataConfig
 from unialign_jax.data.report import MAX_NAMED, Report
 from unialign_jax.data.schedule import Schedule, next_stream
 from unialign_jax.data.sources import Source, open_source
-from unialign_jax.data.streams import CHUNK, ReadChunk, Stream, make_streams, read_ahead
+from unialign_jax.data.streams import ReadChunk, Stream, in_chunks, make_streams, read_ahead
 from unialign_jax.data.tokenizer import PlainTokenizer, Tokenizer
 
 _STATE_VERSION = 3
@@ -125,10 +125,8 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _disagreement(number: int, here: dict[str, Any], there: dict[str, Any]) -> str:
     """Of two hosts that make the same rows of a source."""
-    theirs = [tuple(map(str, entry)) for entry in there["named"]]
-    ours = [tuple(map(str, entry)) for entry in here["named"]]
-    odd = next((entry for entry in theirs + ours if (entry in theirs) != (entry in ours)), None)
-    shown = f": {odd[1]}, {odd[2]}: {odd[3]}" if odd else ""
+    odd = set(map(tuple, here["named"])) ^ set(map(tuple, there["named"]))
+    shown = ": {1}, {2}: {3}".format(*min(odd)) if odd else ""
     return (
         f"{here['path']}: process {number} and another one make the same rows, but a row that one can use the other "
         f"can't{shown}. Both must train on the same: give them the same files, and go on from the newest checkpoint"
@@ -329,7 +327,7 @@ class _Plan:
 
     def chunks(self) -> tuple[tuple[int, ...], ...]:
         """The slots of this host in parts that are read together."""
-        return tuple(self.slots[start : start + CHUNK] for start in range(0, len(self.slots), CHUNK))
+        return in_chunks(self.slots)
 
     def elements(self, drawn: Sequence[int]) -> grain.IterDataset:
         """Prepared samples for this host in chunks, batch after batch, after those drawn."""

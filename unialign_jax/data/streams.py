@@ -71,6 +71,11 @@ class Stream:
             yield int(self.rows[i])
 
 
+def in_chunks(slots: Sequence[int]) -> tuple[Sequence[int], ...]:
+    """Places of a host's batch in parts of at most `CHUNK`, which are read together; of a range they are ranges."""
+    return tuple(slots[start : start + CHUNK] for start in range(0, len(slots), CHUNK))
+
+
 def make_streams(
     config: DataConfig,
     sources: Sequence[Source],

@@ -125,7 +125,7 @@ def recomputed_flops(
             "none": 0,
             "dots+attention": 0,
             "dots": 2 * product,
-            "attention+mlp": block - 2 * product - 8 * joint * config.width**2,
+            "attention+mlp": block - 2 * product - 2 * joint * 4 * config.width**2,  # less the MLP's second product
             "attention": block - 2 * product,
             "full": block,
         }[remat]

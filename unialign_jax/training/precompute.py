@@ -29,7 +29,7 @@ from unialign_jax.data.config import DataConfig
 from unialign_jax.data.report import CorpusError, Report
 from unialign_jax.data.samples import Cause, Refused, Sample
 from unialign_jax.data.sources import Source, open_source
-from unialign_jax.data.streams import CHUNK, Stream, make_streams, read_ahead
+from unialign_jax.data.streams import Stream, in_chunks, make_streams, read_ahead
 from unialign_jax.networks import Params
 from unialign_jax.training import caching, run_config, tokenizers
 from unialign_jax.training.cache_jobs import Job, Share, Target, estimate, make_jobs, make_targets, rounds
@@ -169,7 +169,7 @@ def _work(job: Job, share: Share, encode: "_Encoder", config: DataConfig, report
     """Makes the shards of a job."""
     turns = tuple(rounds(job, share))
     needs_pixels = any(part != "instructions" for part in job.targets)
-    rooms = _split(range(share.sizes[share.group]))
+    rooms = in_chunks(range(share.sizes[share.group]))
     chunks = tuple((step[room.start : room.stop], len(room)) for turn in turns for step in turn.steps for room in rooms)
     read = _Read(job.source, job.stream, chunks, needs_pixels)
     elements = iter(read_ahead(grain.MapDataset.range(len(chunks)).map(read), config))
@@ -211,11 +211,6 @@ def _work(job: Job, share: Share, encode: "_Encoder", config: DataConfig, report
 
 
 _Element = dict[str, Any]
-
-
-def _split(slots: range) -> tuple[range, ...]:
-    """In parts that are read together: as in training, whatever the size of a batch."""
-    return tuple(slots[start : start + CHUNK] for start in slots[::CHUNK])
 
 
 def _joined(parts: Sequence[_Element], rooms: Sequence[range]) -> _Element:
