@@ -5,8 +5,6 @@
 It is then trained on with --config.data.sources.NAME.path=DIR --config.data.sources.NAME.format=tfds.
 """
 
-import os
-
 from absl import flags
 
 from unialign_jax import cli
@@ -22,7 +20,9 @@ _FIELDS = cli.define_pairs("fields", "Of a TFDS dataset: FIELD=FEATURE, ..., see
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS datasets given by name are kept.")
 _NAME = flags.DEFINE_string("name", "samples", "What TFDS calls the dataset: lower case and underscores.")
 _ROWS = flags.DEFINE_integer("rows_per_shard", 2000, "Rows that go into one file.", lower_bound=1)
-_PROCESSES = flags.DEFINE_integer("processes", os.cpu_count(), "That work at it.", lower_bound=1)
+_PROCESSES = flags.DEFINE_integer(
+    "processes", None, "That work at it; by default one for each CPU that may be used.", lower_bound=1
+)
 _SHARE = flags.DEFINE_float("refused_share", 0.01, "Highest share of rows that may be unusable.", 0, 1)
 
 
@@ -31,6 +31,7 @@ def main() -> None:
     from unialign_jax import storage
     from unialign_jax.data.build import build
     from unialign_jax.data.sources import SourceConfig, open_source
+    from unialign_jax.data.workers import usable_cpus
 
     config = SourceConfig(
         *(_SOURCE.value, _FORMAT.value, _TASK.value), split=_SPLIT.value, fields=_FIELDS(), data_dir=_DATA_DIR.value
@@ -42,7 +43,7 @@ def main() -> None:
         target,
         name=_NAME.value,
         rows_per_shard=_ROWS.value,
-        processes=_PROCESSES.value,
+        processes=_PROCESSES.value or usable_cpus(),
         refused_share=_SHARE.value,
     )
     print(report)

@@ -26,6 +26,8 @@ def main() -> None:
         label, found, directory = text.partition("=")
         if not (label and found and directory):
             raise ValueError(f"--scores={text}: expected LABEL=DIR")
+        if label in evaluations:
+            raise ValueError(f"--scores={text}: a second {label!r}; give each directory a label of its own")
         evaluations[label] = directory
     from unialign_jax import storage
     from unialign_jax.evaluation import report

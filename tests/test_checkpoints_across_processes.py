@@ -172,7 +172,7 @@ def run(task: str, directory: pathlib.Path, *, processes: int, devices: int) -> 
                     command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
                 )
             )
-        outcomes = [process.communicate(timeout=100) for process in running]
+        outcomes = [process.communicate(timeout=300) for process in running]
     finally:
         for process in running:
             process.kill()

@@ -67,7 +67,7 @@ def run_all(environments, arguments, late=None, timeout=60):
         for environment, own in zip(environments, arguments, strict=True)
     ]
     try:
-        outcomes = [process.communicate(timeout=120) for process in processes]
+        outcomes = [process.communicate(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -118,11 +118,11 @@ def test_what_starting_again_cannot_mend_is_told_by_the_exit_code_of_one_process
         for i in range(2)
     ]
     try:
-        _, errors = processes[1].communicate(timeout=120)
+        _, errors = processes[1].communicate(timeout=300)
         # JAX would wait half a minute for the other, and then abort with 134.
         assert processes[1].returncode == 78 and errors.endswith("error: too many rows\n")
         # The other sleeps, as if in a collective that nobody else comes to.
-        _, errors = processes[0].communicate(timeout=20)
+        _, errors = processes[0].communicate(timeout=60)
         assert processes[0].returncode == 78 and errors.endswith("error: process 1 failed: too many rows\n")
     finally:
         for process in processes:

@@ -23,7 +23,7 @@ from gcsfs import GCSFileSystem
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
-from unialign_jax import exports, pretrained, storage
+from unialign_jax import exports, pretrained, sampling, storage
 from unialign_jax.checkpoints import Checkpoints
 from unialign_jax.data import images, scenes
 from unialign_jax.data.build import build
@@ -203,6 +203,21 @@ def test_a_run(bucket, tmp_path, capsys):
     exports.to_jax(f"{bucket}/run/photos", tmp_path / "weights", progress=False)
     for place in (f"{bucket}/run/photos", tmp_path / "weights"):
         check_model(pretrained.load(place, dtype="float32"), state)
+
+
+@pytest.mark.parametrize("form", ["png", "webdataset"])
+def test_sampling_writes_into_a_bucket_and_goes_on_there(stage, bucket, form):
+    output = epath.Path(bucket) / f"sampled-{form}"
+    settings = {"options": {"steps": 1}, "dtype": "float32", "batch": 4, "prompt": "a red square", "count": 6}
+    settings |= {"format": form} | ({"grid": 4} if form == "png" else {})
+    job = sampling.Job(stage[0], "generate", str(output), **settings)
+    assert sampling.sample(job).failed == 0
+    made = {path.name: path.read_bytes() for path in output.iterdir()}
+    assert sum(name.endswith((".png", ".tar")) for name in made) == (7 if form == "png" else 1)
+    if form == "png":
+        (output / "002.png").unlink()
+    assert sampling.sample(job).failed == 0
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == made
 
 
 def check_model(model, state):

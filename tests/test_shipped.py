@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import pytest
 
@@ -27,6 +28,18 @@ def test_it_is_named_small_and_scored():
     scores = json.loads((DIRECTORY / "scores.json").read_text())
     tasks = {score["task"].split("/")[0] for score in scores["tables"]["test, 1-2 things"]}
     assert tasks == {"generate", "caption", "answer", "edit", "perceive", "compose"}
+
+
+def test_the_readme_tells_its_scores():
+    readme = (pathlib.Path(unialign_jax.__file__).parents[1] / "README.md").read_text()
+    told = re.search(
+        r"(\d+) % of drawings, (\d+) % of captions, (\d+) % of answers,\s+(\d+) % of edits and (\d+) %", readme
+    )
+    scores = json.loads((DIRECTORY / "scores.json").read_text())["tables"]["test, 1-2 things"]
+    found = {score["task"]: score["estimate"]["value"] for score in scores if not score["kind"]}
+    tasks = ("generate", "caption", "answer", "edit", "compose")
+    for task, percent in zip(tasks, told.groups(), strict=True):
+        assert int(percent) == int(100 * found[task]), task
 
 
 def test_it_knows_what_it_was_made_for(pipeline):

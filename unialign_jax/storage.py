@@ -10,6 +10,7 @@ import os
 import pathlib
 import posixpath
 import tempfile
+import uuid
 from collections.abc import Iterator
 from typing import IO
 
@@ -26,6 +27,7 @@ if importlib.util.find_spec("gcsfs"):
     import aiohttp
 
     fsspec.config.conf["gcs"].setdefault("requests_timeout", aiohttp.ClientTimeout(sock_connect=30, sock_read=60))
+_PARTIAL = ".partial-"  # in the name of a file that is being written
 _READ_AHEAD = 8 * 2**20  # bytes of a remote file that are fetched at once
 
 
@@ -38,9 +40,11 @@ def absolute(path: epath.PathLike) -> epath.Path:
     """The path with `~` expanded; a local one absolute.
 
     Raises:
-      ValueError: it is in Google Cloud Storage, whose client is not installed.
+      ValueError: it is in Google Cloud Storage, whose client is not installed, or in a store of another kind.
     """
-    if str(path).startswith("gs://"):
+    if is_remote(path):
+        if not str(path).startswith("gs://"):
+            raise ValueError(f"{path}: expected a local path or gs://; copy it to one of them")
         try:
             fsspec.get_filesystem_class("gcs")
         except ImportError as error:
@@ -109,7 +113,8 @@ def beside(file: epath.Path, name: str) -> str:
 def whole_file(path: epath.Path) -> Iterator[str]:
     """A local file to be written, for code that can't write elsewhere; on leaving it becomes `path`, all at once.
 
-    After an exception, or a kill, there is no such file, or still the one that was there before.
+    After an exception, or a kill, there is no such file, or still the one that was there before. Two processes that
+    write the same file do not meet: each has a file of its own until the end.
     """
     if is_remote(path):
         with tempfile.TemporaryDirectory() as folder:
@@ -119,11 +124,26 @@ def whole_file(path: epath.Path) -> Iterator[str]:
             with _errors(path):
                 _client(path).put_file(str(local), str(path))
         return
-    partial = f"{path}.partial"
-    yield partial
-    with open(partial, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial = f"{path}{_PARTIAL}{uuid.uuid4().hex}"
+    try:
+        yield partial
+        try:
+            with open(partial, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except FileNotFoundError as error:
+            raise OSError(
+                f"{path}: gone when it was whole; another process has begun the same work, or someone cleared the "
+                "directory. Let one of them finish, then start again"
+            ) from error
+    finally:
+        pathlib.Path(partial).unlink(missing_ok=True)
+
+
+def clear_partial(directory: epath.Path) -> None:
+    """Removes what a killed `whole_file` has left anywhere in a directory. A process that still writes there fails."""
+    for file in () if is_remote(directory) else pathlib.Path(directory).rglob(f"*{_PARTIAL}*"):
+        file.unlink(missing_ok=True)
 
 
 def write_whole(path: epath.Path, data: bytes) -> None:

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import pickle
+import signal
 import sys
 
 import numpy as np
@@ -127,7 +129,7 @@ def test_an_interrupted_build_goes_on_and_ends_alike(tmp_path, write_rows, monke
     def interrupted(*arguments):
         made.append(arguments[-1])
         if len(made) == 3:
-            (tmp_path / "parts" / "samples-train.array_record-00002-of-00005.partial").write_bytes(b"half")
+            (tmp_path / "parts" / "samples-train.array_record-00002-of-00005.partial-0a").write_bytes(b"half")
             raise KeyboardInterrupt
         return write_shard(*arguments)
 
@@ -151,6 +153,48 @@ def test_an_interrupted_build_goes_on_and_ends_alike(tmp_path, write_rows, monke
     assert captions == [str(i) for i in range(23) if i not in (4, 16)]
     with pytest.raises(ValueError, match="holds a finished dataset"):
         build(source, tmp_path / "parts", rows_per_shard=5)
+
+
+def test_a_second_build_at_the_same_place_ends_one_of_them_and_damages_nothing(tmp_path, write_rows, monkeypatch):
+    source = JsonlSource(write_rows(6))
+    build(source, tmp_path / "alone", rows_per_shard=6)
+    example, others = building._example, []
+
+    def while_another_begins(sample):
+        if len(others) < 2:
+            others.append(None)
+            if len(others) == 1:  # ends in the midst of its shard, as if it were stopped
+                with pytest.raises(ChildProcessError):
+                    build(source, tmp_path / "both", rows_per_shard=6)
+            else:
+                raise ChildProcessError("stopped")
+        return example(sample)
+
+    monkeypatch.setattr(building, "_example", while_another_begins)
+    with pytest.raises(OSError, match="another process has begun the same work"):
+        build(source, tmp_path / "both", rows_per_shard=6)
+    build(source, tmp_path / "both", rows_per_shard=6)
+    assert files(tmp_path / "both") == files(tmp_path / "alone")
+
+
+class _Deadly:
+    """A source whose rows kill who reads them, as the kernel does where memory is short."""
+
+    path = "rows.jsonl"
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def fingerprint(self):
+        return {}
+
+
+def test_a_worker_that_is_killed_is_told(tmp_path):
+    with pytest.raises(ChildProcessError, match=r"rows.jsonl: a worker process was killed.*fewer --processes"):
+        build(_Deadly(), tmp_path / "made", rows_per_shard=2, processes=2)
 
 
 def test_processes_change_nothing(tmp_path, write_rows):

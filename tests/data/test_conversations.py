@@ -69,10 +69,11 @@ def test_both_forms_of_a_file_hold_the_same_samples(tmp_path, form):
     else:
         content = "\ufeff \n" + json.dumps(ROWS, ensure_ascii=False, indent=2 if "indented" in form else None) + "\n"
     path = tmp_path / "talks.json"
-    path.write_text(content, encoding="utf-8")
+    path.write_text(content.replace("cats", "cats \U0001f408\x85\xa0"), encoding="utf-8")
     source = pickle.loads(pickle.dumps(ConversationSource(path)))
     assert len(source) == 6
-    assert [source[i].answer for i in (5, 0, 1, 2, 3)] == ["é", "two", "cats", "two", "cats"]
+    cats = "cats \U0001f408"
+    assert [source[i].answer for i in (5, 0, 1, 2, 3)] == ["é", "two", cats, "two", cats]
     assert source[2].target == str(tmp_path / "é.png")
     with pytest.raises(Refused, match="missing key: 'conversations'"):
         source[4]

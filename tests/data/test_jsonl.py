@@ -14,6 +14,7 @@ from unialign_jax.data.jsonl import JsonlSource
 from unialign_jax.data.report import CorpusError
 from unialign_jax.data.rows import parse_row
 from unialign_jax.data.samples import Cause, Refused, Sample
+from unialign_jax.data.sources import SourceConfig, open_source
 
 TURNS = [{"from": "human", "value": "a cat"}, {"from": "gpt", "value": "<image>"}]
 GENERATE = {"dataset": "d", "image": ["a.png"], "conversations": TURNS, "img_w": [1], "img_h": [1]}
@@ -128,9 +129,9 @@ def test_random_access_to_lines_however_they_are_broken(tmp_path, monkeypatch, c
     """Blank lines, both kinds of line break, a byte order mark, no break at the end; lines split over chunks."""
     monkeypatch.setattr(jsonl, "_CHUNK", chunk)
     rows = [json.dumps(GENERATE | {"image": [f"{i}é.png"]}, ensure_ascii=False).encode() for i in range(4)]
-    content = b"\xef\xbb\xbf" + rows[0] + b"\r\n\n" + rows[1] + b"\n\r\n\nx\n" + rows[2] + b"\n" + rows[3]
+    content = b"\xef\xbb\xbf" + rows[0] + b"\r\n\n" + rows[1] + b"\n\r\n \t \nx\n" + rows[2] + b"\n" + rows[3]
     path = tmp_path / "rows.jsonl"
-    for ending in (b"", b"\n", b"\r\n"):
+    for ending in (b"", b"\n", b"\r\n", b"\n  ", b"\n\t\r\n"):
         path.write_bytes(content + ending)
         source = JsonlSource(path)
         assert len(source) == 5
@@ -157,6 +158,9 @@ def test_sources_that_are_no_files(tmp_path):
         JsonlSource(tmp_path / "absent.jsonl")
     with pytest.raises(CorpusError, match="found no such file"):
         JsonlSource(tmp_path)
+    for address in ("http://host/rows.jsonl", "s3://bucket/rows.jsonl"):
+        with pytest.raises(ValueError, match=f"{address}: expected a local path or gs://"):
+            open_source(SourceConfig(address, "rows", "caption"))
     for content in (b"", b"\n\r\n\n"):
         (tmp_path / "empty.jsonl").write_bytes(content)
         with pytest.raises(CorpusError, match=r"empty.jsonl: .* found no rows"):

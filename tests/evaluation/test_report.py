@@ -36,6 +36,10 @@ def test_scalars_of_an_interrupted_run_are_those_of_an_uninterrupted_one(tmp_pat
     file.write_bytes(file.read_bytes() + b"\x20\x00\x00\x00\x00\x00\x00\x00cut")
     assert read_scalars(tmp_path / "pretrain")["generate/image"] == [(1, 8.0), (2, 6.0), (3, 4.0), (4, 3.0)]
     assert read_scalars(tmp_path / "unify") == {"text": [(5, 2.0)], "loss": [(5, 1.0)]}
+    good = len(file.read_bytes()) - 11
+    file.write_bytes(file.read_bytes()[:good] + b"\x02\x00\x00\x00\x00\x00\x00\x00" + b"\xff" * 10)
+    with pytest.raises(ValueError, match=f"{file.name}: damaged from byte {good} on"):
+        read_scalars(tmp_path / "unify")
 
 
 def test_stages_are_joined_and_only_losses_are_shown(tmp_path):
@@ -87,6 +91,8 @@ def test_the_command(knowing, tmp_path):
     assert {"test, 1 things", "test, 2 things"} == set(
         json.loads((tmp_path / "page" / "metrics.json").read_text())["scores"]["it"]
     )
+    twice = subprocess.run([*command, arguments[-1]], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert twice.returncode == 1 and "a second 'it'" in twice.stderr
     command[2] = f"--workdir={tmp_path}/typo"
     refused = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert refused.returncode == 1 and "typo: expected a run, with any of pretrain" in refused.stderr
@@ -96,3 +102,7 @@ def test_an_evaluation_that_is_not_there_is_named(tmp_path):
     write_run(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"nowhere/scores.json: not found; .*launch/evaluate.py"):
         report.write(tmp_path, title="", workdir=tmp_path, stages=("pretrain",), evaluations={"x": "nowhere"})
+    for name in ("scores.json", "outputs.jsonl"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=r"scores.json: expected what launch/evaluate.py writes"):
+        report.write(tmp_path, title="", workdir=tmp_path, stages=("pretrain",), evaluations={"x": tmp_path})

@@ -86,9 +86,27 @@ def test_tables_of_several_sets_and_numbers_are_kept_one_by_one(knowing, tmp_pat
     assert list(json.loads((tmp_path / "part" / "scores.json").read_text())["tables"]) == names[:1]
 
 
+def test_a_directory_holds_scores_by_one_setting(knowing, tmp_path):
+    """What other calls by the same settings have made stays; by other settings they are refused before they sample."""
+    common = {"subsets": ["test"], "things": [(1, 2)], "count": 2, "about": {"checkpoint": "a"}}
+    evaluate.evaluate_scenes(knowing(), tmp_path, tasks=["caption", "edit"], **common)
+    found = evaluate.evaluate_scenes(knowing(), tmp_path, tasks=["generate"], **common | {"things": [(1,)]})
+    assert list(found) == ["test, 1 things"]
+    wrong = knowing(lambda i, result, _: "no")
+    [(name, scores)] = evaluate.evaluate_scenes(wrong, tmp_path, tasks=["caption"], **common).items()
+    assert {score.task for score in scores} == {"caption"} and scores[0].estimate.value == 0
+    tables = json.loads((tmp_path / "scores.json").read_text())["tables"]
+    assert list(tables) == [name, "test, 1 things"] and {row["task"] for row in tables[name]} == {"caption", "edit"}
+    rows = [json.loads(line) for line in (tmp_path / "outputs.jsonl").read_text().splitlines()]
+    exact = {(row["table"], row["task"]): row["scores"]["exact"] for row in rows}
+    assert len(rows) == 6 and exact == {(name, "edit"): 1, ("test, 1 things", "generate"): 1, (name, "caption"): 0}
+    with pytest.raises(ValueError, match="scores by other settings .checkpoint 'a', now 'b'"):
+        evaluate.evaluate_scenes(None, tmp_path, tasks=["caption"], **common | {"about": {"checkpoint": "b"}})
+
+
 def test_sizes_that_scenes_cannot_be_read_at_are_refused(knowing):
     model = knowing()
-    for size in ((16, 16), (32, 48)):
+    for size in ((16, 16), (32, 48), (34, 34)):
         model.size = size
         with pytest.raises(ValueError, match=f"{size[0]}x{size[1]}"):
             scenes.run(model, "caption", 1)

@@ -142,6 +142,33 @@ def test_what_a_run_leaves(finished):
     assert "step 4/6 (67%)" in output and "compiled the step for 'recolour'" in output and "done at step 6" in output
 
 
+def test_each_source_has_its_passes_grids_are_of_the_average_and_steps_are_kept(corpus, tmp_path, monkeypatch):
+    config = make_config(
+        corpus,
+        **{"steps": 4, "log.samples_every": 4, "checkpoint.every": 1, "checkpoint.keep": 1, "optimizer.ema_rate": 0.5},
+    )
+    with config.unlocked():
+        shared = {"path": str(corpus / "generate.jsonl"), "references": 0, "weight": 1.0}
+        config.data.sources = {  # their batches are alike
+            "draw": shared | {"task": "generate", "text_pass": 0.0},
+            "read": shared | {"task": "caption", "image_pass": 0.0},
+        }
+        config.checkpoint.keep_period = 2
+    shown = []
+    monkeypatch.setattr(
+        loop, "sample_grid", lambda _, params, *rest: shown.append(params) or (np.zeros((1, 8, 8, 3), np.uint8), "text")
+    )
+    state = loop.train(config, tmp_path)
+    tags = {tag for _, tag in event_values(tmp_path / "photos")}
+    assert {"draw/image", "read/text"} <= tags and not {"draw/text", "read/image"} & tags
+    params = shown[-1]
+    assert_identical(params["transformer"], state.ema["transformer"])
+    same = jax.tree.map(np.array_equal, state.ema["transformer"], state.params["transformer"])
+    assert not all(jax.tree.leaves(same))
+    with Checkpoints(tmp_path / "photos" / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.all_steps() == [2, 4]
+
+
 def test_a_resumed_run_equals_the_uninterrupted_one(finished, corpus, tmp_path):
     """Parameters, optimizer, average, data order and metrics, bit for bit; it also goes back on request."""
     workdir, state, _ = finished

@@ -54,6 +54,64 @@ def test_micro_batches_of_one_sample_are_warned_of(caplog):
     assert "nothing to contrast with" in caplog.text
 
 
+TINY = {
+    **{
+        "model.transformer.num_layers": 1,
+        "model.transformer.num_attention_heads": 1,
+        "model.text_encoder.num_layers": 1,
+    },
+    **{"model.transformer.caption_projection_dim": 32, "model.teacher": None, "unroll": 1, "data.global_batch": 4},
+    **{"data.height": 16, "data.width": 16, "data.text_length": 8, "trained": ("transformer",)},
+}
+
+
+def test_a_step_with_adapters_is_that_of_the_merged_model():
+    """Also in how much they are scaled by."""
+    lora = {
+        "lora.rank": 2,
+        "lora.alpha": 8.0,
+        "lora.targets": ("transformer/blocks/*/query", "transformer/blocks/*/out"),
+    }
+    mesh = parallel.make_mesh("fsdp", jax.devices()[:1])
+    adapted, whole = (Program(load("photos_tiny", **TINY, **changes), mesh) for changes in (lora, {}))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), jax.jit(whole.networks.init)(jax.random.key(0))
+    )
+    tuning, source = adapted.run.tuning, SourceConfig("rows.jsonl", references=1)
+    pair = jax.tree.map(
+        lambda x: 0.3 * rng.standard_normal(x.shape, np.float32), tuning.trained_of(params, jax.random.key(1))
+    )
+    merged = tuning.merge(params, pair)
+    arrays = {
+        name: rng.integers(1, 60, leaf.shape).astype(leaf.dtype)
+        for name, leaf in vars(whole.batch(source)).items()
+        if leaf is not None and name != "null_ids"
+    }
+    batch = whole.place(arrays, {"null_ids": parallel.replicate(np.ones(8, np.int32), mesh)})
+
+    def terms(program, trained, everything):
+        state = create_state(jax.tree.map(jnp.array, trained), program.run.optimizer)
+        frozen = program.run.tuning.frozen_of(everything)
+        _, metrics = program.lower(source).compile()(state, frozen, batch, jax.random.key(2))
+        return {name: float(metrics[name]) for name in ("loss", "image", "text", "contrastive")}
+
+    expected = terms(whole, {"transformer": merged["transformer"]}, merged)
+    assert terms(adapted, pair, params) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_step_is_of_the_passes_of_its_source():
+    program = Program(load("photos_tiny", **TINY), parallel.make_mesh("fsdp", jax.devices()[:1]))
+    always = {"loss", "grad_norm", "learning_rate"}
+    for passes, terms in (
+        ({}, {"image", "text", "contrastive"}),
+        ({"image_pass": 0.0}, {"text"}),
+        ({"text_pass": 0.0}, {"image"}),
+    ):
+        lowered = program.lower(SourceConfig("rows.jsonl", **passes))
+        assert set(lowered.out_info[1]) == terms | always
+
+
 @pytest.mark.parametrize("muon", [False, True])
 def test_state_is_the_real_one_and_moments_follow_their_parameters(muon):
     program = make_program("fsdp+tensor", **{"optimizer.muon": muon})

@@ -280,6 +280,9 @@ def test_earlier_tasks_are_rehearsed_by_their_weights(family):
             drawn[next_stream(weights, drawn)] += 1
         np.testing.assert_allclose(np.array(drawn) / 400, np.array(weights) / sum(weights), atol=1 / 200)
         assert all(source.path == f"rows/{source.task}.jsonl" for source in run.data.sources)
+    config.stages.pretrain.data.sources.caption.path = "~/mine.jsonl"
+    [mine] = [s.path for s in run_config.read(config.stages.pretrain, "").data.sources if s.task == "caption"]
+    assert mine == str(pathlib.Path("~/mine.jsonl").expanduser())
 
 
 def test_adapters_alone_are_saved_and_merge_for_pytorch(corpus, tmp_path):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unialign_jax.batch import Batch, to_unit_range
+from unialign_jax.batch import Batch, sample_draws, to_unit_range
 from unialign_jax.networks import build_networks
 from unialign_jax.objectives import Objective
 from unialign_jax.state import OptimizerConfig, apply_gradients, create_state, learning_rate
@@ -105,6 +105,40 @@ def test_bfloat16_loss_stays_within_two_percent_of_float32():
     np.testing.assert_allclose(coarse, exact, rtol=0.02)
 
 
+AUTOENCODED = {key: value for key, value in MODEL.items() if key not in ("pixel_codec", "teacher")} | {
+    "autoencoder": {"block_out_channels": (4, 8), "latent_channels": 3, "layers_per_block": 1, "norm_num_groups": 2},
+    "transformer": MODEL["transformer"] | {"in_channels": 3, "out_channels": 3},
+    "teacher": None,
+}
+
+
+def test_an_autoencoder_s_latents_are_drawn_from_its_posterior():
+    """Of target and references, with the step's draws."""
+    networks, data = build_networks(AUTOENCODED, dtype="float32"), batch(4, references=1)
+    params = jax.jit(networks.init)(jax.random.key(0))
+    frozen = {name: params[name] for name in ("text_encoder", "autoencoder")}
+    state, key = create_state({"transformer": params["transformer"]}, OPTIMIZER), jax.random.key(7)
+    step = jax.jit(make_train_step(networks, OBJECTIVE, OPTIMIZER))
+    found = {name: float(value) for name, value in step(state, frozen, data, key)[1].items()}
+
+    @jax.jit
+    def terms(params, noisy):
+        draws = sample_draws(jax.random.fold_in(key, 0), data, (8, 8, 3))
+        moments = networks.image_moments(params, data)
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        scaling = networks.codec.config
+        drawn = mean + noisy * jnp.exp(0.5 * jnp.clip(logvar, -30, 20)) * draws.posterior
+        latents = (drawn - scaling.shift_factor) * scaling.scaling_factor
+        features = networks.encode(params, data, None).replace(target=latents[:, 0], references=latents[:, 1:])
+        states = networks.encode_texts(params, OBJECTIVE.texts(data, draws))
+        return OBJECTIVE(functools.partial(networks.denoise, params), states, features, draws)[1]
+
+    expected = terms(params, 1.0)
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(float(value), rel=1e-5), name
+    assert found["image"] != pytest.approx(float(terms(params, 0.0)["image"]), rel=1e-3)
+
+
 def test_kernels_of_frozen_networks_may_be_kept_in_the_compute_dtype():
     """Every layer casts them to it: the step is the same bit for bit."""
     _, params, frozen = setup("bfloat16")
@@ -114,12 +148,7 @@ def test_kernels_of_frozen_networks_may_be_kept_in_the_compute_dtype():
     assert kept == {jnp.dtype("float32")}
     for network, count in (("text_encoder", 7), ("teacher", 7)):
         assert sum(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(cast[network])) >= count
-    autoencoder = {"block_out_channels": (4, 8), "latent_channels": 3, "layers_per_block": 1, "norm_num_groups": 2}
-    model = MODEL | {
-        "autoencoder": autoencoder,
-        "transformer": MODEL["transformer"] | {"in_channels": 3, "out_channels": 3},
-    }
-    whole = build_networks(model | {"pixel_codec": None}, dtype="bfloat16")
+    whole = build_networks(AUTOENCODED | {"teacher": MODEL["teacher"]}, dtype="bfloat16")
     params_of_whole = jax.jit(whole.init)(jax.random.key(1))
     wanted = Tuning().cast_frozen_kernels(jax.eval_shape(lambda: params_of_whole), jnp.bfloat16)
     halved = jax.tree.map(lambda x, like: x.astype(like.dtype), params_of_whole, wanted)

@@ -94,6 +94,7 @@ def build(
         "rows_per_shard": rows_per_shard,
     }
     _begin(directory, plan)
+    storage.clear_partial(directory)
     write = functools.partial(_write_shard, str(directory), name, shards, rows_per_shard)
     there = {path.name for path in (directory / _WORK).iterdir()}
     missing = [shard for shard in range(shards) if _account_path(directory, shard).name not in there]
@@ -144,6 +145,11 @@ def _run(write: functools.partial, source: Source, shards: list[int], processes:
     ) as pool:
         try:
             yield from pool.map(_Worker.write, shards)  # which keeps no account that it has handed on
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise ChildProcessError(
+                f"{source.path}: a worker process was killed, as happens where memory is short; start again, with "
+                "fewer --processes"
+            ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

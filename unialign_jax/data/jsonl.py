@@ -14,6 +14,7 @@ from unialign_jax.data.rows import count_pairs, parse_conversation, parse_row
 from unialign_jax.data.samples import TASKS, Sample
 
 _CHUNK = 16 << 20
+_SHORT = 16  # bytes; no row has so few
 
 
 def sizes_path(path: epath.PathLike, task: str | None) -> str:
@@ -198,28 +199,32 @@ def _index_rows(file: epath.Path) -> _Index:
     feeds = np.concatenate(breaks)
     starts = np.concatenate([[0], feeds[:-1] + 1])
     ends = feeds - np.concatenate(returns)
-    lines = np.flatnonzero(ends > starts)
+    filled = ends > starts
+    with storage.open_to_scan(file) as stream:  # those too short for a row may hold spaces alone
+        for line in np.flatnonzero(filled & (ends - starts <= _SHORT)):
+            stream.seek(int(starts[line]))
+            filled[line] = bool(stream.read(int(ends[line] - starts[line])).strip())
+    lines = np.flatnonzero(filled)
     return starts[lines], ends[lines], lines + 1, checksum
 
 
 def _index_array(file: epath.Path) -> _Index:
     """As `_index_rows`, of the elements of a JSON array, numbered from 1."""
     content = file.read_bytes()
-    text = content.decode("utf-8")
-    decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
+    # A character for each byte: positions are those in the file, and text beyond ASCII, all of which is inside strings,
+    # takes no more room than there.
+    text = content.decode("latin-1")
+    decoder, space = json.JSONDecoder(), re.compile(r"[ \t\r\n,]*")
     starts, ends = [], []
     at = text.index("[") + 1
-    offset = len(text[:at].encode())
     while True:
         begin = space.match(text, at).end()
         if text.startswith("]", begin):
-            if behind := text[begin + 1 :].strip():
-                raise ValueError(f"one that ends at character {begin} is followed by {behind[:20]!r}")
+            if behind := content[begin + 1 :].strip():
+                raise ValueError(f"one that ends at byte {begin} is followed by {behind[:20]!r}")
             break
-        end = decoder.raw_decode(text, begin)[1]
-        starts.append(offset + len(text[at:begin].encode()))
-        offset = starts[-1] + len(text[begin:end].encode())
-        ends.append(offset)
-        at = end
+        at = decoder.raw_decode(text, begin)[1]
+        starts.append(begin)
+        ends.append(at)
     numbers = np.arange(1, len(starts) + 1)
     return np.array(starts, np.int64), np.array(ends, np.int64), numbers, zlib.crc32(content)

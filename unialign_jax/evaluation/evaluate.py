@@ -19,8 +19,9 @@ from PIL import Image
 
 from unialign_jax import agreement
 from unialign_jax.data.images import image_grid
+from unialign_jax.data.samples import TASKS
 from unialign_jax.data.scenes import usable_counts
-from unialign_jax.evaluation import scenes
+from unialign_jax.evaluation import metrics, scenes
 from unialign_jax.inference.presets import Protocol
 from unialign_jax.pipeline import UniAlignPipeline
 
@@ -40,7 +41,8 @@ def evaluate_scenes(
 ) -> dict[str, list[scenes.Score]]:
     """Scores a model on every combination of held-out set and number of things, and writes the files above.
 
-    With several processes all call it, and process 0 writes.
+    With several processes all call it, and process 0 writes. What the files hold of other sets, things and tasks by the
+    same settings stays there.
 
     Args:
       pipeline: the model.
@@ -56,29 +58,62 @@ def evaluate_scenes(
       Scores by table: "test, 1-2 things" and so on.
 
     Raises:
-      ValueError: a task has no scenes of such a set and so many things. Nothing has been sampled by then.
+      ValueError: a task has no scenes of such a set and so many things, or the directory holds scores by other
+        settings. Nothing has been sampled by then.
     """
     for subset, counts, task in itertools.product(subsets, things, tasks):
         usable_counts(task, subset, counts)
     directory = epath.Path(output)
-    agreement.primary(lambda: directory.mkdir(parents=True, exist_ok=True))
-    tables: dict[str, list[scenes.Score]] = {}
     facts = {**(about or {}), "count": count, "seed": scenes.SEED, "protocol": dataclasses.asdict(protocol)}
-    lines = []
+    written = agreement.primary(lambda: _begin(directory, facts), ValueError)
+    tables: dict[str, list[scenes.Score]] = {}
     for subset, counts in itertools.product(subsets, things):
         span = f"{min(counts)}-{max(counts)}" if len(counts) > 1 else str(counts[0])
         name = f"{subset}, {span} things"
-        tables[name] = []
         for task in tasks:
             outputs = scenes.run(pipeline, task, count, subset=subset, counts=counts, protocol=protocol)
-            tables[name] += scenes.summarize(outputs)
-            lines += [_line(name, item) for item in outputs]
+            _put(written, name, task, [_line(name, item) for item in outputs], scenes.summarize(outputs))
             # All have sampled together and know the same; one writes.
             file = directory / f"{subset}-{span}" / f"{task}.png"
             agreement.primary(functools.partial(_write_picture, file, grid(outputs[:_SHOWN], pipeline.size[0])))
         # With each table: an interrupted evaluation keeps the others.
-        agreement.primary(functools.partial(_write_scores, directory, facts, tables, lines))
+        agreement.primary(functools.partial(_write_scores, directory, facts, written))
+        tables[name] = [_score(row) for row in written["tables"][name] if _task(row) in tasks]
     return tables
+
+
+def _begin(directory: epath.Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Makes the directory, or reads what it holds: `tables` as in scores.json, and the `lines` of outputs.jsonl."""
+    directory.mkdir(parents=True, exist_ok=True)
+    file = directory / "scores.json"
+    if not file.exists():
+        return {"tables": {}, "lines": []}
+    found, asked = json.loads(file.read_text()), json.loads(json.dumps(facts))
+    tables = found.pop("tables", {})
+    if differing := sorted(key for key in found.keys() | asked.keys() if found.get(key) != asked.get(key)):
+        values = "; ".join(f"{key} {found.get(key)!r}, now {asked.get(key)!r}" for key in differing)
+        raise ValueError(
+            f"{directory} holds scores by other settings ({values}); choose another directory or remove it"
+        )
+    return {"tables": tables, "lines": (directory / "outputs.jsonl").read_text().splitlines(keepends=True)}
+
+
+def _put(written: dict[str, Any], table: str, task: str, lines: Sequence[str], scores: Sequence[scenes.Score]) -> None:
+    """Takes up what was made of one task, in place of what is there of it."""
+    rows = [row for row in written["tables"].get(table, []) if _task(row) != task] + list(
+        map(dataclasses.asdict, scores)
+    )
+    written["tables"][table] = sorted(rows, key=lambda row: TASKS.index(_task(row)))
+    others = (line for line in written["lines"] if (row := json.loads(line))["table"] != table or row["task"] != task)
+    written["lines"] = [*others, *lines]
+
+
+def _task(row: Mapping[str, Any]) -> str:
+    return row["task"].partition("/")[0]  # behind it the kind of map
+
+
+def _score(row: Mapping[str, Any]) -> scenes.Score:
+    return scenes.Score(**{**row, "estimate": metrics.Estimate(**row["estimate"])})
 
 
 def _write_picture(path: epath.Path, picture: np.ndarray) -> None:
@@ -87,15 +122,11 @@ def _write_picture(path: epath.Path, picture: np.ndarray) -> None:
         Image.fromarray(picture).save(file, "PNG")
 
 
-def _write_scores(
-    directory: epath.Path, facts: Mapping[str, Any], tables: Mapping[str, list[scenes.Score]], lines: Sequence[str]
-) -> None:
-    scored = {name: [dataclasses.asdict(score) for score in scores] for name, scores in tables.items()}
-    (directory / "outputs.jsonl").write_text("".join(lines))
-    (directory / "scores.md").write_text(
-        "\n\n".join(f"## {name}\n\n{scenes.table(scores)}" for name, scores in tables.items()) + "\n"
-    )
-    (directory / "scores.json").write_text(json.dumps({**facts, "tables": scored}, indent=1))
+def _write_scores(directory: epath.Path, facts: Mapping[str, Any], written: Mapping[str, Any]) -> None:
+    tables = {name: scenes.table(list(map(_score, rows))) for name, rows in written["tables"].items()}
+    (directory / "outputs.jsonl").write_text("".join(written["lines"]))
+    (directory / "scores.md").write_text("\n\n".join(f"## {name}\n\n{table}" for name, table in tables.items()) + "\n")
+    (directory / "scores.json").write_text(json.dumps({**facts, "tables": written["tables"]}, indent=1))
 
 
 def grid(outputs: Sequence[scenes.Output], size: int) -> np.ndarray:

@@ -95,6 +95,8 @@ def write(
             if not file.exists():
                 raise FileNotFoundError(f"{file}: not found; write it with launch/evaluate.py --output={directory}")
         scores[label] = json.loads((epath.Path(directory) / "scores.json").read_text())
+        if "tables" not in scores[label]:
+            raise ValueError(f"{directory}/scores.json: expected what launch/evaluate.py writes, found no 'tables'")
     metrics = {"losses": changes(losses), "scores": {label: facts["tables"] for label, facts in scores.items()}}
     body = [f"<h1>{html.escape(title)}</h1>", *_losses(losses, ends, metrics["losses"]), *_tables(scores)]
     for label, directory in evaluations.items():

@@ -73,7 +73,7 @@ def run(
     """Has the model do a task on held-out scenes and checks what it makes; it draws with an example's number as seed.
 
     Args:
-      pipeline: the model; images are of its size, which must be square and at least 32 pixels.
+      pipeline: the model; images are of its size, which must be square, of 32 pixels a side or of 35 and more.
       task: one of `data.samples.TASKS`.
       count: number of examples.
       subset: one of `data.scenes.SETS`.
@@ -84,8 +84,11 @@ def run(
       ValueError: for a task or set that there is none of, or a size that scenes can't be read at.
     """
     height, width = pipeline.size
-    if height != width or height < verify.SIDE:
-        raise ValueError(f"the model's images are {height}x{width}; scenes are square, of {verify.SIDE} pixels or more")
+    if height != width or not verify.is_readable(height):
+        raise ValueError(
+            f"the model's images are {height}x{width}; scenes are square, of {verify.SIDE} pixels a side or of "
+            f"{verify.LEAST_AVERAGED} and more"
+        )
     examples = [scenes.draw(task, i, seed=SEED, subset=subset, counts=counts) for i in range(count)]
     made = _make(pipeline, task, examples, height, {"protocol": protocol, "seed": 0})
     outputs = []

@@ -280,11 +280,12 @@ def _claim(
         settings["processes"] = jax.process_count()  # each has shards of its own
     file = directory / SETTINGS_FILE
     directory.mkdir(parents=True, exist_ok=True)
+    storage.clear_partial(directory)
     found = json.loads(file.read_text()) if file.exists() else {}
     changed = [f"{key} was {found.get(key)!r} and is {value!r}" for key, value in settings.items()
                if found.get(key) != value]  # fmt: skip
     # A run that failed before it made anything leaves its settings, which bind nobody.
-    binding = any(map(is_result, directory.iterdir()))
+    binding = any(map(is_result, directory.glob("*")))  # not `iterdir`: nothing is in a bucket that is not a file
     if binding and not found:
         raise ValueError(
             f"{directory} holds results, and no {SETTINGS_FILE} that says of what; choose another directory"

@@ -31,6 +31,7 @@ class Target:
             self.path.mkdir(parents=True, exist_ok=True)
             storage.write_whole(self.path / caches.DESCRIPTION_FILE, self.description.to_json().encode())
             return list(range(self.description.shards))
+        storage.clear_partial(self.path)
         begun.check(self.path, self.description.settings)
         begun.check_weights(self.path, self.description.weights)
         if begun.rows_per_shard != self.description.rows_per_shard:

@@ -231,7 +231,7 @@ def _below_root(fields: dict[str, Any]) -> dict[str, Any]:
 
     def below(path: Any) -> Any:
         joins = root and isinstance(path, str) and not storage.is_remote(path)
-        return str(epath.Path(os.path.expanduser(root)) / path) if joins else path
+        return str(epath.Path(os.path.expanduser(root)) / os.path.expanduser(path)) if joins else path
 
     sources = fields["data"]["sources"]
     for source in sources.values():

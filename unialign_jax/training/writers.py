@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 from etils import epath
+from google.protobuf.message import DecodeError
 from tensorboardX import record_writer, summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -148,12 +149,18 @@ def read_scalars(directory: epath.PathLike) -> dict[str, list[tuple[int, float]]
 
     As TensorBoard does, of an interrupted run what came after the step that it was resumed from is left out, and so is
     what the end of a killed run's file holds in part.
+
+    Raises:
+      ValueError: a file is damaged.
     """
     files = []
     for path in epath.Path(directory).glob("events.out.tfevents.*"):
         data, events, at = path.read_bytes(), [], 0
         while len(data) >= at + 8 and len(data) >= (end := at + 16 + int.from_bytes(data[at : at + 8], "little")):
-            events.append(Event.FromString(data[at + 12 : end - 4]))  # length, its checksum, event, its checksum
+            try:
+                events.append(Event.FromString(data[at + 12 : end - 4]))  # length, its checksum, event, its checksum
+            except DecodeError as error:
+                raise ValueError(f"{path}: damaged from byte {at} on; cut it there, or remove it") from error
             at = end
         if events:
             files.append(events)

@@ -11,7 +11,6 @@ Record i of a split is `tasks.draw(task, i, subset=split)`, whatever the number 
 import concurrent.futures
 import dataclasses
 import multiprocessing
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +18,7 @@ import tensorflow_datasets as tfds
 
 from unialign_jax.data.samples import TASKS
 from unialign_jax.data.scenes import corpus, tasks
-from unialign_jax.data.workers import end_with_parent
+from unialign_jax.data.workers import end_with_parent, usable_cpus
 
 _CHUNK = 256
 IMAGE_SIZES = (32, 64, 256)
@@ -48,8 +47,8 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
     """Coloured shapes: images, captions, edits, maps, compositions, questions. Fields are those of `Sample`.
 
     Args:
-      workers: processes that generate, by default one per CPU; 1 generates in this one. More need a `__main__` guard in
-        the script.
+      workers: processes that generate, by default one for each CPU that may be used; 1 generates in this one. More
+        need a `__main__` guard in the script.
       **kwargs: of `tfds.core.GeneratorBasedBuilder`.
     """
 
@@ -59,7 +58,7 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
     ]
 
     def __init__(self, *, workers: int | None = None, file_format: str = "array_record", **kwargs: Any):
-        self._workers = os.cpu_count() if workers is None else workers
+        self._workers = usable_cpus() if workers is None else workers
         super().__init__(file_format=file_format, **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:

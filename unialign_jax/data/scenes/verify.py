@@ -31,6 +31,7 @@ from unialign_jax.data.scenes.world import (
 )
 
 SIDE = rendering.GRID  # images are read at this size
+LEAST_AVERAGED = 35  # pixels a side; averaging fewer down to `SIDE` smears edges over two pixels
 # An image is no scene if the mean difference to the closest one exceeds this (RGB distance) in any square of _PATCH
 # pixels a side. Any two colours are more than 100 apart.
 UNEXPLAINED = 75.0
@@ -278,11 +279,16 @@ def _check_image(image: np.ndarray) -> None:
         )
 
 
+def is_readable(side: int) -> bool:
+    """Whether scenes can be read at this many pixels a side."""
+    return side == SIDE or side >= LEAST_AVERAGED
+
+
 def _at_reading_size(image: np.ndarray) -> np.ndarray:
     """Float32 `[32, 32, 3]`, by averaging."""
     _check_image(image)
-    if len(image) < SIDE:
-        raise ValueError(f"the image is {len(image)} pixels wide; scenes can be read from {SIDE} pixels on")
+    if not is_readable(len(image)):
+        raise ValueError(f"the image is {len(image)} pixels wide; expected {SIDE}, or {LEAST_AVERAGED} or more")
     if len(image) > SIDE:
         if len(image) % SIDE == 0:
             n = len(image) // SIDE
