@@ -200,6 +200,12 @@ def test_a_run(bucket, tmp_path, capsys):
     assert "resuming after step 2" in capsys.readouterr().out
     assert sorted(path.name for path in (stage / "checkpoints-set-aside").iterdir()) == ["3", "README"]
 
+    job = sampling.Job(
+        f"{bucket}/run/photos", "generate", f"{bucket}/made", prompt="a red square", options={"steps": 1}
+    )
+    assert sampling.sample(job).failed == 0
+    assert Image.open(io.BytesIO((epath.Path(bucket) / "made" / "000.png").read_bytes())).size == (16, 16)
+
     exports.to_jax(f"{bucket}/run/photos", tmp_path / "weights", progress=False)
     for place in (f"{bucket}/run/photos", tmp_path / "weights"):
         check_model(pretrained.load(place, dtype="float32"), state)

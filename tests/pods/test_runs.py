@@ -139,7 +139,7 @@ def leaves(tree):
 
 
 def test_other_meshes_and_numbers_of_processes_go_on_with_the_same_curve(whole, run, work):
-    """8 devices, then 4, then 2 processes x 4, then 2 x 1; the 2 x 4 also train the whole."""
+    """8 devices, then 4, then 2 processes x 4, then 2 x 1; both pairs also train the whole."""
     first, _ = whole
     fours = {"steps": 4, "resume_step": 2, "allow_changed": ["steps"]}
     ((four,),) = run(
@@ -152,7 +152,12 @@ def test_other_meshes_and_numbers_of_processes_go_on_with_the_same_curve(whole, 
         processes=2,
         devices=4,
     )
-    two = run({"workdir": str(work / "chain"), "changes": {"allow_changed": ["steps"]}}, processes=2, devices=1)
+    two = run(
+        {"workdir": str(work / "chain"), "changes": {"allow_changed": ["steps"]}},
+        {"workdir": str(work / "twins"), "changes": {"strategy": "tensor=2"}},
+        processes=2,
+        devices=1,
+    )
 
     # Two processes train what one does: the same samples, losses equal to 1e-6, in all processes.
     for index, (pair, _) in enumerate(two_by_four):
@@ -161,6 +166,12 @@ def test_other_meshes_and_numbers_of_processes_go_on_with_the_same_curve(whole, 
         np.testing.assert_allclose(list(pair["losses"].values()), list(first["losses"].values()), rtol=1e-6)
     assert two_by_four[0][0]["state"] == two_by_four[1][0]["state"]
     assert batches([pair["rows"] for pair, _ in two_by_four]) == batches([first["rows"]])
+
+    # Two that hold halves of the weights, and so all rows each.
+    for _, twin in two:
+        assert batches([twin["rows"]]) == batches([first["rows"]]) and twin["step"] == STEPS
+        np.testing.assert_allclose(list(twin["losses"].values()), list(first["losses"].values()), rtol=1e-5)
+    assert two[0][1]["state"] == two[1][1]["state"]
 
     # The chain sees what the uninterrupted run saw, and its losses.
     parts = [[four], [seen[1] for seen in two_by_four], [seen[0] for seen in two]]
