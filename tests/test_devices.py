@@ -17,6 +17,8 @@ import numpy as np
 from unialign_jax import parallel
 from unialign_jax.pipeline import UniAlignPipeline
 
+pytestmark = pytest.mark.slow
+
 out = {}
 prompts = [f"a red square {i}" for i in range(7)]
 pictures = list(np.random.default_rng(0).integers(0, 256, (7, 16, 16, 3), np.uint8))

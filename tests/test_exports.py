@@ -14,6 +14,7 @@ from unialign_jax.data.tokenizer import PlainTokenizer, Tokenizer
 from unialign_jax.state import TrainState
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", [exports.to_jax, exports.to_torch])
 def test_one_network_is_in_memory_at_a_time(stage, float32_bytes, tmp_path, to):
     directory, average = stage

@@ -232,6 +232,7 @@ def check_model(model, state):
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_caches(bucket, tmp_path):
     """Made in a bucket and read from there, of a dataset that is there as well: as on a local disk."""
     scenes.write_corpus(tmp_path / "corpus", count=6, size=16, chosen=["generate"])

@@ -6,7 +6,7 @@ import pytest
 
 from unialign_jax.benchmarks import loop, suites
 
-pytestmark = pytest.mark.usefixtures("shared_compilations")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_compilations")]
 
 
 def test_summary():

@@ -11,6 +11,8 @@ from unialign_jax.benchmarks import step, suites
 from unialign_jax.training import run_config
 from unialign_jax.training.program import Program
 
+pytestmark = pytest.mark.slow
+
 
 def test_report(tmp_path, monkeypatch):
     for name, value in {"_SMALLEST": 1, "_LARGEST": 2, "_ROUNDS": 1, "_STEPS": 1, "_WARM_UP": 1}.items():

@@ -113,6 +113,7 @@ def networks(corpus):
     return networks, params, encode
 
 
+@pytest.mark.slow
 def test_training_from_caches_is_training_online(corpus, cached, tmp_path):
     """Losses, all parameters and refusals, over both sources; the images are not even there."""
     shutil.copytree(corpus, tmp_path / "corpus")
@@ -244,6 +245,7 @@ runpy.run_path("launch/precompute.py", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_killed_on_four_devices_it_goes_on_on_one(corpus, cached, tmp_path, capsys):
     """The command, killed while it commits the fifth shard of eight, then called again; what is there stays."""
     target = tmp_path / "caches"
@@ -279,6 +281,7 @@ def test_killed_on_four_devices_it_goes_on_on_one(corpus, cached, tmp_path, caps
     assert found["draw", "latents"][SPOILT] == found["draw", "teacher"][SPOILT] == "not an image"
 
 
+@pytest.mark.slow
 def test_two_processes_make_what_one_makes(corpus, tmp_path):
     """Real ones, by the command, of images in two buckets: the same files, with the same rows and refusals in them."""
     shutil.copytree(corpus, tmp_path / "corpus")

@@ -42,6 +42,7 @@ def test_a_training_run_becomes_a_pytorch_directory(convert, stage, tmp_path):
     assert Tokenizer.load(tmp_path / "torch/tokenizer").vocab_size == 40
 
 
+@pytest.mark.slow
 def test_the_parameters_themselves_and_the_comparison_with_pytorch(convert, stage, tmp_path, monkeypatch):
     directory, average = stage
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -75,6 +76,7 @@ runpy.run_path("launch/convert.py", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_a_check_that_fails_ends_with_an_error(stage, tmp_path):
     flags = ["--to=torch", f"--source={stage[0]}", f"--target={tmp_path / 'torch'}", "--check", "--steps=2"]
     done = subprocess.run(

@@ -20,6 +20,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from unialign_jax.data import scenes
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 KILLS = int(os.environ.get("UNIALIGN_KILLS", "3"))
 STEPS, EVERY = 24 * KILLS + 24, 4  # a kill is seldom later than 24 steps after the one before it

@@ -299,6 +299,7 @@ def sharded_errors():
     print(json.dumps(errors))
 
 
+@pytest.mark.slow
 def test_sharded_equals_unsharded():
     code = f"import runpy; runpy.run_path({__file__!r})['sharded_errors']()"
     # Sharded programs on few cores deadlock unless there are more threads than devices.

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from unialign_jax import parallel
 from unialign_jax.models import autoencoder
@@ -43,6 +44,7 @@ def work_on_eight_devices():
             print(json.dumps([at_once, float(error), sorted(held), loops]))
 
 
+@pytest.mark.slow
 def test_images_stay_on_their_devices_and_are_worked_off_in_parts():
     """Kernels are split over the devices that split the batch: they travel, the 32 images must not."""
     code = f"import runpy; runpy.run_path({__file__!r})['work_on_eight_devices']()"

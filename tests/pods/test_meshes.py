@@ -20,6 +20,8 @@ from unialign_jax.state import create_state
 from unialign_jax.training import run_config
 from unialign_jax.training.program import Program
 
+pytestmark = pytest.mark.slow
+
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 

@@ -18,6 +18,8 @@ import pytest
 from unialign_jax.checkpoints import Checkpoints
 from unialign_jax.data import scenes
 
+pytestmark = pytest.mark.slow
+
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 STEPS = 8

@@ -324,6 +324,7 @@ def finish(processes):
         assert process.returncode == 0, output.decode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_run_goes_on_to_the_same_images_each_once(stage, tmp_path, request, processes):
     """Killed without warning at random moments, all processes at once, then started again."""

@@ -193,6 +193,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(finished, corpus, tmp_path):
     assert files["again"][6, "loss"].simple_value == pytest.approx(files["first"][6, "loss"].simple_value, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_going_back_to_the_same_step_again_is_no_silent_matter(finished, corpus, tmp_path, capsys):
     shutil.copytree(finished[0], tmp_path / "run")
     config = make_config(corpus, resume_step=4, allow_changed=("log",))
@@ -220,6 +221,7 @@ def test_a_grid_that_fails_costs_no_step(corpus, tmp_path, monkeypatch, failing,
         assert checkpoints.all_steps() == saved
 
 
+@pytest.mark.slow
 def test_what_a_run_started_from_may_have_moved(corpus, tmp_path):
     def config(init, **changes):
         return make_config(corpus, init=str(tmp_path / init), **changes)

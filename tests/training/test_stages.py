@@ -126,6 +126,7 @@ def test_a_stage_whose_start_was_trained_anew_is_not_gone_on_from(finished, corp
         stages.train(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_recipe_interrupted_at_every_step_ends_the_same(finished, corpus, tmp_path, monkeypatch, capsys):
     class Interrupted(Exception):
         pass

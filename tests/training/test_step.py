@@ -46,6 +46,7 @@ MODEL = {
         "vocab_size": 50,
     },
 }
+TRAINED = [("transformer",), pytest.param(("transformer", "text_encoder"), marks=pytest.mark.slow)]
 OBJECTIVE = Objective(semantic_depth=1, mask_token_id=49)
 OPTIMIZER = OptimizerConfig(learning_rate=2e-3, warmup_steps=5, ema_rate=0.9)
 
@@ -97,6 +98,7 @@ def run(steps, dtype="float32", data=None, trained=("transformer",), **kwargs):
     return state, np.array(losses), metrics
 
 
+@pytest.mark.slow
 def test_bfloat16_loss_stays_within_two_percent_of_float32():
     """50 steps on the same draws, each precision following its own parameters."""
     _, exact, _ = run(50)
@@ -139,6 +141,7 @@ def test_an_autoencoder_s_latents_are_drawn_from_its_posterior():
     assert found["image"] != pytest.approx(float(terms(params, 0.0)["image"]), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_kernels_of_frozen_networks_may_be_kept_in_the_compute_dtype():
     """Every layer casts them to it: the step is the same bit for bit."""
     _, params, frozen = setup("bfloat16")
@@ -172,7 +175,7 @@ def test_terms_are_reported_and_sum_to_the_loss():
     assert metrics["grad_norm"] > 0 and metrics["learning_rate"] == 0  # the first of the warm-up
 
 
-@pytest.mark.parametrize("trained", [("transformer",), ("transformer", "text_encoder")])
+@pytest.mark.parametrize("trained", TRAINED)
 def test_micro_batches_update_like_the_full_batch(trained):
     """Whether the encoders are frozen, which read the whole batch at once, or trained, in each part."""
     objective = dataclasses.replace(OBJECTIVE, contrastive_weight=0.0)
@@ -216,7 +219,7 @@ def test_steps_draw_by_number_not_by_history():
     assert first == again and first != later and first != other
 
 
-@pytest.mark.parametrize("trained", [("transformer",), ("transformer", "text_encoder")])
+@pytest.mark.parametrize("trained", TRAINED)
 def test_only_the_trained_networks_change(trained):
     _, params, frozen = setup(trained=trained)
     state = create_state(params, OptimizerConfig(learning_rate=1e-2, warmup_steps=0))
@@ -326,7 +329,7 @@ def test_no_average_is_kept_when_its_rate_is_zero():
     assert state.ema is None
 
 
-@pytest.mark.parametrize("references", [0, 2])
+@pytest.mark.parametrize("references", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_what_a_cache_provides_changes_nothing(references):
     """Losses, gradients and update are those of the step that encodes everything itself."""
     networks, params, frozen = setup()
