@@ -3,7 +3,8 @@
     python launch/evaluate.py --checkpoint=runs/scenes/unify --benchmark=scenes --output=runs/scores
     python launch/evaluate.py --checkpoint=... --tasks=caption --sets=test,attributes --things=1-2,3-4 --output=...
 
-Prints the tables, and writes them with the model's outputs and pictures to the output directory.
+Prints the tables, and writes them with the model's outputs and pictures to the output directory, beside those that are
+there of other sets, things and tasks by the same settings.
 """
 
 import dataclasses
