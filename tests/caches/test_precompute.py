@@ -264,7 +264,7 @@ def test_killed_on_four_devices_it_goes_on_on_one(corpus, cached, tmp_path, caps
     assert killed.returncode == -9, killed.stderr
     assert "draw/16x16/latents: 12 rows x 0.00206 MB; 4 of 4 shards to make" in killed.stdout
     shards = sorted(target.rglob("*.array_record"))
-    assert len(shards) == 4 and list(target.rglob("*.partial"))
+    assert len(shards) == 4 and list(target.rglob("*.partial-*"))
     before = [(shard.stat().st_mtime_ns, shard.stat().st_ino) for shard in shards]
 
     config = make_config(corpus, cached=("latents", "teacher"), cache_directory=str(target))
@@ -275,7 +275,7 @@ def test_killed_on_four_devices_it_goes_on_on_one(corpus, cached, tmp_path, caps
     assert [(shard.stat().st_mtime_ns, shard.stat().st_ino) for shard in shards] == before
     output = capsys.readouterr().out
     assert "draw/16x16/teacher: 12 rows x 7.3e-05 MB; 2 of 4 shards to make" in output
-    assert not list(target.rglob("*.partial"))
+    assert not list(target.rglob("*.partial-*"))
     found = records(config)
     assert_close(found, records(make_config(corpus, cached=("latents", "teacher"), cache_directory=str(cached))))
     assert found["draw", "latents"][SPOILT] == found["draw", "teacher"][SPOILT] == "not an image"
