@@ -166,7 +166,7 @@ def test_arrays_that_are_no_images():
     for image in (np.zeros((32, 32, 3)), np.zeros((32, 33, 3), np.uint8), np.zeros((32, 32), np.uint8)):
         with pytest.raises(ValueError, match=r"expected a square image, uint8 \[S, S, 3\]"):
             verify.read_image(image)
-    with pytest.raises(ValueError, match="16 pixels wide; scenes can be read from 32"):
+    with pytest.raises(ValueError, match="16 pixels wide; expected 32, or 35 or more"):
         verify.read_image(np.zeros((16, 16, 3), np.uint8))
 
 
