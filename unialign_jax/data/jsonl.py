@@ -200,10 +200,11 @@ def _index_rows(file: epath.Path) -> _Index:
     starts = np.concatenate([[0], feeds[:-1] + 1])
     ends = feeds - np.concatenate(returns)
     filled = ends > starts
-    with storage.open_to_scan(file) as stream:  # those too short for a row may hold spaces alone
-        for line in np.flatnonzero(filled & (ends - starts <= _SHORT)):
-            stream.seek(int(starts[line]))
-            filled[line] = bool(stream.read(int(ends[line] - starts[line])).strip())
+    if len(short := np.flatnonzero(filled & (ends - starts <= _SHORT))):  # these may hold spaces alone
+        with storage.open_to_scan(file) as stream:
+            for line in short:
+                stream.seek(int(starts[line]))
+                filled[line] = bool(stream.read(int(ends[line] - starts[line])).strip())
     lines = np.flatnonzero(filled)
     return starts[lines], ends[lines], lines + 1, checksum
 

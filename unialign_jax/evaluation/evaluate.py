@@ -100,9 +100,8 @@ def _begin(directory: epath.Path, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _put(written: dict[str, Any], table: str, task: str, lines: Sequence[str], scores: Sequence[scenes.Score]) -> None:
     """Takes up what was made of one task, in place of what is there of it."""
-    rows = [row for row in written["tables"].get(table, []) if _task(row) != task] + list(
-        map(dataclasses.asdict, scores)
-    )
+    rows = [row for row in written["tables"].get(table, []) if _task(row) != task]
+    rows += map(dataclasses.asdict, scores)
     written["tables"][table] = sorted(rows, key=lambda row: TASKS.index(_task(row)))
     others = (line for line in written["lines"] if (row := json.loads(line))["table"] != table or row["task"] != task)
     written["lines"] = [*others, *lines]

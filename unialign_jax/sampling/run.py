@@ -280,7 +280,6 @@ def _claim(
         settings["processes"] = jax.process_count()  # each has shards of its own
     file = directory / SETTINGS_FILE
     directory.mkdir(parents=True, exist_ok=True)
-    storage.clear_partial(directory)
     found = json.loads(file.read_text()) if file.exists() else {}
     changed = [f"{key} was {found.get(key)!r} and is {value!r}" for key, value in settings.items()
                if found.get(key) != value]  # fmt: skip
@@ -295,6 +294,7 @@ def _claim(
             f"{directory} holds another sampling run ({'; '.join(changed)}); go on with its settings, or choose "
             "another directory"
         )
+    storage.clear_partial(directory)
     if not binding:
         found = settings | {"weights": newest, "identity": identity}
         write_whole(file, json.dumps(found, indent=2).encode() + b"\n")

@@ -31,7 +31,6 @@ class Target:
             self.path.mkdir(parents=True, exist_ok=True)
             storage.write_whole(self.path / caches.DESCRIPTION_FILE, self.description.to_json().encode())
             return list(range(self.description.shards))
-        storage.clear_partial(self.path)
         begun.check(self.path, self.description.settings)
         begun.check_weights(self.path, self.description.weights)
         if begun.rows_per_shard != self.description.rows_per_shard:
@@ -39,6 +38,7 @@ class Target:
                 f"{self.path} was begun with {begun.rows_per_shard} rows per shard, not "
                 f"{self.description.rows_per_shard}; go on with that, or remove the directory"
             )
+        storage.clear_partial(self.path)
         return begun.missing(self.path)
 
     def check_seen(self) -> None:
