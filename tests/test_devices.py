@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[1]
 # Runs with eight virtual devices; writes arrays by `NAME-DEVICES` and `NAME-alone-DEVICES`.
 CHILD = """
@@ -16,8 +17,6 @@ import jax
 import numpy as np
 from unialign_jax import parallel
 from unialign_jax.pipeline import UniAlignPipeline
-
-pytestmark = pytest.mark.slow
 
 out = {}
 prompts = [f"a red square {i}" for i in range(7)]
