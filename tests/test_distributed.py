@@ -130,6 +130,7 @@ def test_what_starting_again_cannot_mend_is_told_by_the_exit_code_of_one_process
             process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "start"), [(2, by_slurm), (4, by_hand)])
 def test_a_barrier_names_who_is_missing(count, start):
     late = count - 1
@@ -144,6 +145,7 @@ def test_a_barrier_names_who_is_missing(count, start):
     assert "timeout" not in results[late]
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_start_is_named_to_the_others():
     environments, arguments = by_hand(3)
     outcomes = run_all([environments[0], environments[2]], [arguments[0], arguments[2]], timeout=15)

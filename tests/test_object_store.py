@@ -153,6 +153,7 @@ def test_an_outage_while_logging_loses_nothing(bucket, monkeypatch, caplog):
     assert writers.read_scalars(epath.Path(bucket) / "log") == {"loss": expected}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_run(bucket, tmp_path, capsys):
     scenes.write_corpus(f"{bucket}/corpus", count=8, size=16, chosen=["generate"])

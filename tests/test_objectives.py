@@ -165,6 +165,7 @@ def test_dropped_references_are_masked_apart_from_the_text(case):
     assert given(dropping, *unpack(case("loss_generate")))[0] is None
 
 
+@pytest.mark.slow
 def test_unpadded_pooling_ignores_what_padding_holds(case, transformer, text_encoder):
     """By option the pooled text features stop at the first end token; the published default averages everything."""
     features, draws = unpack(case("loss_generate"))
@@ -235,6 +236,7 @@ def test_a_pass_that_is_left_out_is_not_run_and_the_other_is_as_before(changes, 
     np.testing.assert_allclose(total, weight * terms[left] + 0.1 * terms[f"{left}_align"], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_factor_of_a_pass_scales_its_terms_alone(case, transformer, value_and_grad):
     recorded = case("loss_generate")
     run = functools.partial(value_and_grad, params=transformer[1], null_text=recorded["null_text"])

@@ -48,6 +48,7 @@ def directories(tmp_path_factory, golden):
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["autoencoder", "pixels"])
 def test_pytorch_samples_the_same(directories, codec):
     found = torch_check.compare(directories / codec, directories / codec, steps=4)

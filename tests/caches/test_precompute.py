@@ -131,6 +131,7 @@ def test_training_from_caches_is_training_online(corpus, cached, tmp_path):
     assert refusals(output) == refusals(output_online) and len(refusals(output)) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ALL)
 def test_a_part_alone_stands_in_for_its_network(corpus, cached, networks, part):
     """Batches are of the same rows, and what the networks still have to make completes what the cache holds."""

@@ -182,6 +182,7 @@ def test_passes_side_by_side_are_the_passes_alone():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * (1 + np.abs(b).max())), got, expected)
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient():
     model, params = tiny()
     latents, text, time, _ = inputs()

@@ -142,6 +142,7 @@ def test_what_a_run_leaves(finished):
     assert "step 4/6 (67%)" in output and "compiled the step for 'recolour'" in output and "done at step 6" in output
 
 
+@pytest.mark.slow
 def test_each_source_has_its_passes_grids_are_of_the_average_and_steps_are_kept(corpus, tmp_path, monkeypatch):
     config = make_config(
         corpus,
@@ -242,6 +243,7 @@ def test_what_a_run_started_from_may_have_moved(corpus, tmp_path):
         assert checkpoints.meta()["init"] == str(tmp_path / "moved" / "checkpoints" / "1")
 
 
+@pytest.mark.slow
 def test_one_unusable_image_in_a_hundred_ends_no_run_and_wide_images_have_a_bucket(tmp_path, capsys):
     scenes.write_corpus(tmp_path / "corpus", count=100, size=16, chosen=["generate", "edit"])
     images = tmp_path / "corpus" / "images"
@@ -258,6 +260,7 @@ def test_one_unusable_image_in_a_hundred_ends_no_run_and_wide_images_have_a_buck
     assert "line 43: " in output and output.count("compiled the step") == 2
 
 
+@pytest.mark.slow
 def test_a_stage_starts_from_another_ones_parameters(finished, corpus, tmp_path, capsys):
     first, state, _ = finished
     config = make_config(corpus, stage="second", init=str(first / "photos"), steps=1, seed=7)

@@ -65,6 +65,7 @@ TINY = {
 }
 
 
+@pytest.mark.slow
 def test_a_step_with_adapters_is_that_of_the_merged_model():
     """Also in how much they are scaled by."""
     lora = {

@@ -114,6 +114,7 @@ AUTOENCODED = {key: value for key, value in MODEL.items() if key not in ("pixel_
 }
 
 
+@pytest.mark.slow
 def test_an_autoencoder_s_latents_are_drawn_from_its_posterior():
     """Of target and references, with the step's draws."""
     networks, data = build_networks(AUTOENCODED, dtype="float32"), batch(4, references=1)
@@ -329,7 +330,8 @@ def test_no_average_is_kept_when_its_rate_is_zero():
     assert state.ema is None
 
 
-@pytest.mark.parametrize("references", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("references", [0, 2])
 def test_what_a_cache_provides_changes_nothing(references):
     """Losses, gradients and update are those of the step that encodes everything itself."""
     networks, params, frozen = setup()
