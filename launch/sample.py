@@ -12,7 +12,7 @@ Images become PNG files with their prompt, seed and settings inside, or shards (
 printed if they were asked for by flags. Started again with the same command, a run makes what is left of it. Prompts
 are lines of a text file, or JSONL rows {"prompt": ..., "image": ..., "seed": ...} as far as the task needs them.
 
-On several hosts, every host starts this command. On Cloud TPU, SLURM and Open MPI the processes find each other;
+On several hosts, every host starts this command. On Cloud TPU, SLURM and Open MPI 4 the processes find each other;
 elsewhere give --coordinator, --num_processes and --process_id.
 """  # fmt: skip
 

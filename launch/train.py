@@ -8,8 +8,8 @@
 
 A stage is named after a colon; a file with one stage needs none: --config=configs/photos_tiny.py
 
-Of a run on several hosts, every host starts this command. On Cloud TPU, SLURM and Open MPI the processes find each
-other; elsewhere give --coordinator, --num_processes and --process_id.
+Of a run on several hosts, every host starts this command. On Cloud TPU, SLURM and Open MPI 4 the processes find
+each other; elsewhere give --coordinator, --num_processes and --process_id.
 """
 
 import sys

@@ -14,7 +14,7 @@ import pytest
 from unialign_jax import distributed
 
 ROOT = pathlib.Path(__file__).parents[1]
-CLUSTER_VARIABLES = ("JAX_COORDINATOR", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM_", "OMPI_", "KUBERNETES_")
+CLUSTER_VARIABLES = ("JAX_COORDINATOR", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM_", "OMPI_", "PMI_", "KUBERNETES_")
 
 # One process of a program: it meets the others, and misses one barrier if it is the late one.
 PROGRAM = """
@@ -168,6 +168,17 @@ def test_open_mpi_is_detected(no_cluster, monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "3")
     monkeypatch.setenv("JAX_COORDINATOR_PORT", "1234")
     assert distributed._placement(None, None, None, 5) == ("10.96.0.1:1234", 16, 3)
+
+
+@pytest.mark.parametrize("variable", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_an_mpi_that_jax_does_not_know_is_no_process_on_its_own(no_cluster, monkeypatch, variable):
+    monkeypatch.setenv(variable, "1")
+    assert distributed._placement(None, None, None, 5) is None
+    monkeypatch.setenv(variable, "8")
+    with pytest.raises(ValueError, match=rf"started 8 processes \({variable}\).*--coordinator"):
+        distributed.initialize(timeout=1)
+    assert distributed._placement(None, 1, None, 5) is None
+    assert distributed._placement("h:1", 8, 3, 5) == ("h:1", 8, 3)
 
 
 @pytest.mark.parametrize(

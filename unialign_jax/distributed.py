@@ -1,7 +1,7 @@
 """Many processes as one program: start-up, barriers that name who is missing, and stopping at the same step.
 
 `initialize` is called once by a launch program, before anything else touches JAX. Who the other processes are is known
-on Cloud TPU (VMs and GKE), under SLURM and under Open MPI; elsewhere it is said by hand.
+on Cloud TPU (VMs and GKE), under SLURM and under Open MPI 4; elsewhere it is said by hand.
 
 https://docs.jax.dev/en/latest/multi_process.html
 """
@@ -34,6 +34,8 @@ _STOPPING = (signal.SIGTERM, signal.SIGINT)
 _KEYS = "unialign_jax/"  # of the coordination service's key-value store
 _ENDED = f"{_KEYS}ended"
 _WATCHING = 5  # seconds between two looks at it
+# How many processes an MPI started, by Open MPI and by MPICH and its kin.
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _exchanges: collections.Counter[str] = collections.Counter()  # how often each was used; equal in all processes
 
 
@@ -139,11 +141,12 @@ def _placement(
         given = dict(zip(given, found, strict=False))
         # A cluster of one process, such as a shell in a SLURM job, is none: JAX would give it one of its node's GPUs.
         if not by_hand and (None in given.values() or given["num_processes"] == 1):
+            _refuse_unknown_mpi()
             return None
     if missing := [f"--{name}" for name, value in given.items() if value is None]:
         told = ", ".join(f"--{name}={value}" for name, value in given.items() if value is not None)
         raise ValueError(
-            f"{told} without {' and '.join(missing)}: give all three, or none on Cloud TPU, SLURM and Open MPI"
+            f"{told} without {' and '.join(missing)}: give all three, or none on Cloud TPU, SLURM and Open MPI 4"
         )
     address, total, number = given.values()
     if total < 1 or not 0 <= number < total:
@@ -152,6 +155,18 @@ def _placement(
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
         raise ValueError(f"--coordinator={address} is not of the form host:port, such as 10.0.0.2:8476")
     return address, total, number
+
+
+def _refuse_unknown_mpi() -> None:
+    """JAX before 0.11 knows Open MPI 4 alone: started by another, every process would train by itself, in one place."""
+    for name in _MPI_SIZES:
+        if (size := os.environ.get(name, "1")) != "1":
+            rank = name.replace("SIZE", "RANK")
+            raise ValueError(
+                f"MPI started {size} processes ({name}), but where the others are can't be found out: give each "
+                f"--coordinator=HOST0:8476 --num_processes=${name} --process_id=${rank} (--num_processes=1 alone for a "
+                "single process), see docs/multihost.md"
+            )
 
 
 def _client():

@@ -32,6 +32,8 @@ def test_utilization_is_of_all_devices():
     """An H100 does 989 TFLOP/s in bfloat16 (its data sheet), two twice that."""
     assert step.utilization(989e12, 2.0, 2, "NVIDIA H100 80GB HBM3") == pytest.approx(0.25, rel=1e-3)
     assert step.utilization(1e12, 1.0, 1, "a new one") is None
+    v5 = [step.utilization(1e14, 1.0, 1, f"TPU {name}") for name in ("v5", "v5p", "v5 lite", "v5e")]
+    assert v5[0] == v5[1] == pytest.approx(100 / 459, abs=1e-4) and v5[2] == v5[3] == pytest.approx(100 / 197, abs=1e-4)
     assert step.utilization(1e12, 1.0, 1, "NVIDIA H100 PCIe") is None  # slower than the one of that name
 
 

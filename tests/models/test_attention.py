@@ -16,7 +16,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding
 
 from unialign_jax.models import attention, attention_kernels
-from unialign_jax.models.attention import attend
+from unialign_jax.models.attention import attend, join_tokens, split_tokens
 from unialign_jax.models.attention_kernels import KEPT, block_size, splash
 from unialign_jax.training import verdict
 
@@ -195,6 +195,20 @@ def test_collectives_of_a_split_sequence(monkeypatch, mesh, platform, backend, c
     assert text.count('"stablehlo.all_gather"') == 3
     assert text.count('"stablehlo.reduce_scatter"') == 2
     assert not any(f"stablehlo.{other}" in text for other in ("all_reduce", "all_to_all", "collective_permute"))
+
+
+def test_joined_tokens_stay_on_their_devices():
+    parts = [jnp.arange(4)[None], 10 + jnp.arange(6)[None]]
+    for sequence, expected in (
+        (1, [0, 1, 2, 3, 10, 11, 12, 13, 14, 15]),
+        (2, [0, 1, 10, 11, 12, 2, 3, 13, 14, 15]),
+        (4, [0, 1, 2, 3, 10, 11, 12, 13, 14, 15]),  # which does not divide six
+    ):
+        with jax.sharding.use_abstract_mesh(TPU(data=2, sequence=sequence)):
+            joint = join_tokens(parts)
+            np.testing.assert_array_equal(joint, [expected])
+            for part, again in zip(parts, split_tokens(joint, [4, 6]), strict=True):
+                np.testing.assert_array_equal(again, part)
 
 
 def test_residuals_can_be_kept_by_name(capsys):

@@ -204,3 +204,4 @@ def test_sigterm_to_one_of_two_processes_ends_both_with_the_same_step_saved(star
         (step,) = checkpoints.all_steps()
     assert step > 3 and f"told to stop: saved step {step}" in output
     assert "step" not in other.replace("[Gloo]", ""), other  # one process alone speaks
+    assert len(list(tmp_path.rglob("events.out.tfevents.*"))) == 1  # and writes

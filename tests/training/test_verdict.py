@@ -5,8 +5,12 @@ import math
 import pathlib
 import runpy
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from unialign_jax import parallel
 from unialign_jax.training import roofline, scaling, verdict
 from unialign_jax.training.chips import CHIPS, Slices
 from unialign_jax.training.collectives import Collective
@@ -50,6 +54,7 @@ def test_small_config_fits_with_the_kernel_in_the_program(found):
     memory = found["hbm_gib"]
     parts = ("parameters", "optimizer", "ema", "frozen", "batch", "temporaries")
     assert memory["total"] == pytest.approx(sum(memory[part] for part in parts), abs=0.01)
+    assert memory["total"] == pytest.approx(0.046, rel=0.1)  # recorded
     assert memory["usable"] == 15.75 and memory["free"] == pytest.approx(15.75 - memory["total"], abs=0.01)
 
 
@@ -59,7 +64,8 @@ def test_its_collectives_are_those_of_the_plan(found):
     weights, gradients, copies = (
         received[key] for key in (("all-gather", "fsdp"), ("reduce-scatter", "fsdp"), ("all-reduce", "data"))
     )
-    assert weights > gradients > copies > 0
+    # Recorded with libtpu 0.0.42; another compiler may do a little differently.
+    assert (weights, gradients, copies) == pytest.approx((11.52e6, 5.62e6, 0.807e6), rel=0.1)
     assert sum(entry["bytes"] for entry in found["activation_gathers"]) < 0.1 * weights
 
 
@@ -71,8 +77,42 @@ def test_the_program_does_what_is_needed_and_what_its_policy_repeats(found):
     assert rates["step_s"] == max(found["roofline"][name] for name in ("device", "interconnect", "dcn"))
     assert rates["mfu"] == pytest.approx((work["model"] + work["frozen"]) / (16 * 197e12 * rates["step_s"]))
     assert rates["mfu_transformer"] < rates["mfu"]
-    assert found["serial"]["step_s"] > rates["step_s"]
+    assert (rates["step_s"], found["serial"]["step_s"]) == pytest.approx((207e-6, 337e-6), rel=0.1)  # recorded
     assert "splash" in scaling.summary(found) and "fits" in scaling.summary(found)
+
+
+@pytest.mark.slow
+def test_a_split_sequence_moves_keys_and_values_alone():
+    """Over `sequence`, in the step with its blocks: no token changes its device where streams join and part."""
+    verdict.prepare("v5e:4x4")
+    run = small(
+        **{
+            "strategy": "data=2+fsdp=4+sequence=2",
+            "remat": "dots+attention",
+            "trained": ("transformer",),
+            "cached": ("latents", "instructions", "teacher"),
+        }
+    )
+    found = verdict.judge(run, "v5e:4x4")
+    received = {entry["kind"]: entry["bytes"] for entry in found["collectives"] if entry["axes"] == "sequence"}
+    layers, rows, tokens, width = 5, 8, 256, 128
+    half = layers * 2 * 2 * rows * tokens * width * 2 / 2  # keys and values of both passes, bfloat16; one half is here
+    assert received["reduce-scatter"] == pytest.approx(half, rel=0.01)
+    # Keys and values are gathered again for the backward pass; a tenth is around the blocks.
+    assert received["all-gather"] == pytest.approx(2 * half, rel=0.1)
+    assert not {"all-to-all", "collective-permute"} & set(received)
+
+
+def test_a_weight_gathered_over_one_axis_and_split_over_another_is_no_activation():
+    mesh = AbstractMesh((2, 4, 1, 2), parallel.AXES, axis_types=(AxisType.Auto,) * 4)
+    kernel = jax.ShapeDtypeStruct((3, 64, 256), jnp.float32)
+    kernel = parallel.placed(kernel, NamedSharding(mesh, PartitionSpec(None, "fsdp", "tensor")))
+    gathers = [
+        Collective("all-gather", "fsdp", (0, 2, 4, 6), (f"bf16{shape}",), 1, 1.0, name)
+        for shape, name in (("[64, 128]", "weight"), ("[64, 64]", "tokens"))
+    ]
+    found = verdict._activation_gathers(gathers, {"parameters": {"kernel": kernel}, "frozen": {}})
+    assert [entry["from"] for entry in found] == ["tokens"]
 
 
 PROGRAM = """ENTRY %main (x: bf16[1024,512], w: bf16[512,2048]) -> bf16[1024,2048] {
@@ -115,6 +155,9 @@ def test_links_of_a_group():
     assert slices.bandwidth(range(4)) == chip.link_bandwidth  # half of it: a line
     assert slices.bandwidth(range(32)) == 4 * chip.link_bandwidth
     assert slices.bandwidth(range(64)) == 5 * chip.link_bandwidth  # two in a row do not close
+    assert slices.bandwidth((0, 4)) == 2 * chip.link_bandwidth / 4  # opposite in a ring, three other pairs between
+    assert slices.bandwidth((0, 2)) == chip.link_bandwidth / 2  # a line, between which another one lies
+    assert slices.bandwidth(range(0, 8, 2)) == 2 * chip.link_bandwidth / 2  # two groups of four round one ring
     twins = Slices(CHIPS["tpu7x"], (4,), tuple((0, (i // 2,)) for i in range(8)))
     assert twins.bandwidth((0, 1)) == math.inf
     assert twins.bandwidth(range(8)) == CHIPS["tpu7x"].link_bandwidth  # two links, shared by two devices

@@ -32,7 +32,9 @@ _SMALLEST, _LARGEST = 4, 64  # a device
 _PEAKS = {
     "TPU v4": CHIPS["v4"].flops,
     "TPU v5 lite": CHIPS["v5e"].flops,
+    "TPU v5e": CHIPS["v5e"].flops,
     "TPU v5p": CHIPS["v5p"].flops,
+    "TPU v5": CHIPS["v5p"].flops,  # what libtpu calls it; the others that begin so come before
     "TPU v6 lite": CHIPS["v6e"].flops,
     "TPU7x": CHIPS["tpu7x"].flops / CHIPS["tpu7x"].devices,
     "A100": 312e12,

@@ -6,10 +6,11 @@ Under a mesh (`jax.set_mesh`) batch, tokens and heads are split by `parallel.RUL
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
 from unialign_jax.models.attention_kernels import LANES, PADDING, cudnn, cudnn_refusal, pad_tokens, splash
@@ -68,6 +69,32 @@ def attend(
             _warn_once(f"attention backend 'splash' is interpreted on {platform}: for tests, not for speed")
         kernel = functools.partial(splash, block=block, interpret=platform != "tpu")
     return _on_shards(kernel, axes, query, key, value, segments)
+
+
+def join_tokens(parts: Sequence[jax.Array]) -> jax.Array:
+    """Concatenates arrays `[B, S_i, ...]` along tokens, in an order in which none leaves its device.
+
+    Where the mesh splits tokens, each device's share of the result is its share of every part, one after the other:
+    attention does not mind the order. In the given order XLA would move most tokens to other devices and back.
+    """
+    shares = _shares([part.shape[1] for part in parts])
+    apart = [part.reshape(part.shape[0], shares, -1, *part.shape[2:]) for part in parts]
+    joint = jnp.concatenate(apart, axis=2)
+    return joint.reshape(joint.shape[0], -1, *joint.shape[3:])
+
+
+def split_tokens(joint: jax.Array, lengths: Sequence[int]) -> list[jax.Array]:
+    """Undoes `join_tokens` of parts with these numbers of tokens."""
+    shares = _shares(lengths)
+    apart = joint.reshape(joint.shape[0], shares, -1, *joint.shape[2:])
+    parts = jnp.split(apart, np.cumsum(lengths[:-1]) // shares, axis=2)
+    return [part.reshape(part.shape[0], -1, *part.shape[3:]) for part in parts]
+
+
+def _shares(lengths: Sequence[int]) -> int:
+    """Into how many shares the ambient mesh splits parts of these lengths: 1 if it does not divide one of them."""
+    shares = _mesh_axes().get(SEQUENCE_AXIS, 1)
+    return 1 if any(length % shares for length in lengths) else shares
 
 
 def _parse(backend: str) -> tuple[str, int | None]:

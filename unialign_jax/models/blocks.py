@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from unialign_jax.models.attention import attend
+from unialign_jax.models.attention import attend, join_tokens, split_tokens
 from unialign_jax.models.attention_kernels import KEPT
 from unialign_jax.models.layers import PRODUCTS, Dense, RMSNorm, layer_norm, mean_tokens, spread
 from unialign_jax.parallel import constrain
@@ -155,7 +155,7 @@ class Context(NamedTuple):
     """What all blocks read of one pass, besides its streams.
 
     time: embedded, `[B, D]`.
-    segments: ids int32 `[B, S]` of all tokens, see `attention.attend`; None: all attend to all.
+    segments: ids int32 `[B, S]` of all tokens as `join_tokens` has them, see `attend`; None: all attend to all.
     text_pool_mask: bool `[B, T]`, the text tokens whose mean is taken; None: all.
     """
 
@@ -180,9 +180,8 @@ class JointBlock(nn.Module):
         projected = [s.project(xs, m) for s, xs, m in zip(streams, carry, modulations, strict=True)]
         attended = []
         for image, text, context in zip(*projected, contexts, strict=True):
-            query, key, value = (jnp.concatenate(pair, axis=1) for pair in zip(image, text, strict=True))
-            joint = attend(query, key, value, context.segments, backend=self.attention)
-            attended.append(jnp.split(joint, [image[0].shape[1]], axis=1))
+            joint = attend(*map(join_tokens, zip(image, text, strict=True)), context.segments, backend=self.attention)
+            attended.append(split_tokens(joint, [image[0].shape[1], text[0].shape[1]]))
         parts = [list(part) for part in zip(*attended, strict=True)]
         carry = tuple(s.update(xs, p, m) for s, xs, p, m in zip(streams, carry, parts, modulations, strict=True))
         if self.target_lengths is None:

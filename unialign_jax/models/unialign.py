@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unialign_jax.models.attention import join_tokens
 from unialign_jax.models.blocks import REMAT_POLICIES, ZEROS, Context, JointBlock, TransformerConfig
 from unialign_jax.models.layers import Dense, layer_norm
 from unialign_jax.parallel import constrain
@@ -291,8 +292,11 @@ class UniAlign(nn.Module):
 
 
 def _segments(target_length: int, reference_mask: jax.Array, text_length: int) -> jax.Array:
-    """Segment ids int32 `[B, (1 + N) * S + T]`: 1 for what is there, 0 for the tokens of absent references."""
+    """Segment ids int32 `[B, (1 + N) * S + T]` of image and text tokens as `join_tokens` has them: 1 for what is there,
+    0 for the tokens of absent references.
+    """
     batch = reference_mask.shape[0]
     target = jnp.ones((batch, target_length), jnp.int32)
     references = jnp.repeat(reference_mask.astype(jnp.int32), target_length, axis=1)
-    return jnp.concatenate([target, references, jnp.ones((batch, text_length), jnp.int32)], axis=1)
+    images = jnp.concatenate([target, references], axis=1)
+    return join_tokens([images, jnp.ones((batch, text_length), jnp.int32)])

@@ -15,6 +15,7 @@ available HBM".
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -86,18 +87,21 @@ class Slices:
     def bandwidth(self, group: Sequence[int]) -> float:
         """Bytes per second that each device of a group can receive from the others, all sending at once.
 
-        Along every dimension of the torus in which the group's chips differ, two links where the group closes a ring
-        and one where it is a line (the chips at its ends have no more). The devices of a chip share its links. Groups
-        in several slices have the data-centre network's share of the device.
+        Along every dimension of the torus in which the group's chips differ, two links where the group goes evenly
+        round a ring and one where it is a line (the chips at its ends have no more). Where it takes every g-th chip
+        only, the chips between are of g - 1 other groups, which send over the same links at the same time. The devices
+        of a chip share its links. Groups in several slices have the data-centre network's share of the device.
         """
         chip = self.chip
         if self.several(group):
             return chip.dcn_bandwidth / chip.devices
-        links = 0
+        links = 0.0
         for axis, length in enumerate(self.shape):
-            extent = len({self.positions[device][1][axis] for device in group})
-            if extent > 1:
-                links += 2 if extent == length and length % chip.wraps == 0 else 1
+            places = sorted({self.positions[device][1][axis] for device in group})
+            if len(places) > 1:
+                gap = max(b - a for a, b in itertools.pairwise(places))
+                ring = length % chip.wraps == 0 and len(places) * gap == length
+                links += (2 if ring else 1) / gap
         if not links:  # the two devices of one chip
             return math.inf
         return links * chip.link_bandwidth / chip.devices

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
 
 from unialign_jax import accelerator_flags, parallel
 from unialign_jax.training import collectives, hlo, roofline
@@ -227,12 +228,20 @@ def _summary(transfers: list[collectives.Collective], where: Slices) -> list[dic
     ]
 
 
+def _but_over_fsdp(leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+    """The part of a parameter that a device has once it is gathered over `fsdp`: split over the other axes still."""
+    whole = [None if part == "fsdp" else part for part in leaf.sharding.spec]
+    return NamedSharding(leaf.sharding.mesh, PartitionSpec(*whole)).shard_shape(leaf.shape)
+
+
 def _activation_gathers(transfers: list[collectives.Collective], arguments: dict[str, Any]) -> list[dict]:
     """All-gathers whose result is no parameter: where it comes from, count and bytes, largest first."""
     sizes_of_parameters = set()
     for leaf in jax.tree.leaves([arguments["parameters"], arguments["frozen"]]):
         sizes = [size for size in leaf.shape if size > 1]
         sizes_of_parameters |= {math.prod(sizes), math.prod(sizes[1:])}  # of all layers, or of one
+        sizes = [size for size in _but_over_fsdp(leaf) if size > 1]  # as `parallel.gathered` makes it
+        sizes_of_parameters |= {math.prod(sizes), math.prod(sizes[1:])}
     found: dict[tuple, list] = {}
     for transfer in transfers:
         sizes = [math.prod(int(n) for n in re.findall(r"\d+", shape.partition("[")[2])) for shape in transfer.shapes]
