@@ -16,6 +16,9 @@ _SCORES = flags.DEFINE_multi_string(
     "scores", [], "LABEL=DIR: what launch/evaluate.py has written, and what to call its model; may be repeated."
 )
 _TITLE = flags.DEFINE_string("title", "Training on scenes", "Title of the page.")
+_CHECK = flags.DEFINE_string(
+    "check", None, "Label of one of --scores: end with an error if the run has not kept what the quickstart promises."
+)
 _OUTPUT = flags.DEFINE_string("output", None, "Directory for the page; created if absent.")
 flags.mark_flags_as_required(["workdir", "output"])
 
@@ -29,6 +32,8 @@ def main() -> None:
         if label in evaluations:
             raise ValueError(f"--scores={text}: a second {label!r}; give each directory a label of its own")
         evaluations[label] = directory
+    if _CHECK.value is not None and _CHECK.value not in evaluations:
+        raise ValueError(f"--check={_CHECK.value}: expected the label of one of --scores")
     from unialign_jax import storage
     from unialign_jax.evaluation import report
 
@@ -42,7 +47,12 @@ def main() -> None:
     )
     for name, change in metrics["losses"].items():
         print(f"{name}: {change['first']:.4g} -> {change['last']:.4g} ({change['ratio']:.0%})")
+    for halved, what in ((True, "at least halved"), (False, "not halved")):
+        if terms := [term for term, found in metrics["halved"].items() if found == halved]:
+            print(f"{what}: {', '.join(terms)}")
     print(f"{output}/report.html, {output}/metrics.json")
+    if _CHECK.value is not None:
+        report.check(metrics, _CHECK.value)
 
 
 if __name__ == "__main__":

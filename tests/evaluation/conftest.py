@@ -14,6 +14,7 @@ class Knowing:
     """Answers as the truth does, found from what a model is given: `spoil` changes what it says or draws."""
 
     size = (32, 32)
+    params = {"head": {"bias": np.zeros(3, np.float32)}}
 
     def __init__(self, spoil=lambda index, result, references: result):
         self.spoil = spoil

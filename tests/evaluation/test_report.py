@@ -1,5 +1,8 @@
 """The report page from a run's event files and an evaluation's directory."""
 
+import base64
+import html
+import io
 import json
 import os
 import pathlib
@@ -7,12 +10,16 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from unialign_jax.evaluation import evaluate, report
+from unialign_jax.data.scenes import draw
+from unialign_jax.evaluation import evaluate, report, scenes
 from unialign_jax.training.writers import SummaryWriter, read_scalars
 
 ROOT = pathlib.Path(__file__).parents[2]
+COUNT = 12  # as many as a page shows
 
 
 def write_run(workdir):
@@ -53,10 +60,9 @@ def test_stages_are_joined_and_only_losses_are_shown(tmp_path):
 
 
 def test_the_page_holds_everything(knowing, tmp_path):
-    count = 12
     write_run(tmp_path / "run")
     tasks = ["generate", "edit", "caption"]
-    common = {"tasks": tasks, "subsets": ["test"], "things": [(1, 2)], "count": count}
+    common = {"tasks": tasks, "subsets": ["test"], "things": [(1, 2)], "count": COUNT}
     evaluate.evaluate_scenes(knowing(), tmp_path / "good", **common)
     wrong = knowing(lambda i, made, _: "<nonsense>" if isinstance(made, str) else made)
     evaluate.evaluate_scenes(wrong, tmp_path / "bad", **common)
@@ -69,12 +75,65 @@ def test_the_page_holds_everything(knowing, tmp_path):
     )
     assert json.loads((tmp_path / "page" / "metrics.json").read_text()) == metrics
     page = (tmp_path / "page" / "report.html").read_text()
+    assert metrics["halved"] == {"image": False, "text": False}  # of the terms over all data that were written
     assert "A &lt;run&gt;" in page and "&lt;nonsense&gt;" in page and "<nonsense>" not in page
     assert len(re.findall("<polyline", page)) == 3
     row = re.search("<tr><td>caption<td>exact.*?</tr>", page)[0]
-    assert row.index("100.0%") < row.index("0.0%") and f"n = {count}" in row
-    # Two models, two grids and eight images with captions each; nothing is loaded from elsewhere.
-    assert len(re.findall('src="data:image/png;base64', page)) == 2 * (2 + 8) == page.count("src=")
+    assert row.index("100.0%") < row.index("0.0%") and f"n = {COUNT}" in row
+    # Two models, three tasks of twelve examples each; nothing is loaded from elsewhere.
+    assert len(re.findall('src="data:image/png;base64', page)) == 2 * 3 * COUNT == page.count("src=")
+
+
+def test_every_picture_stands_beside_what_was_asked(knowing, tmp_path):
+    """Of inputs in one column and in several; "asked" is text, whatever is in it."""
+    write_run(tmp_path)
+    tasks = ["generate", "edit", "compose", "answer"]
+    evaluate.evaluate_scenes(
+        knowing(), tmp_path / "scores", tasks=tasks, subsets=["test"], things=[(1, 2)], count=COUNT
+    )
+    outputs = tmp_path / "scores" / "outputs.jsonl"
+    outputs.write_text(outputs.read_text().replace('"asked": "', '"asked": "<b>'))
+    report.write(tmp_path, title="", workdir=tmp_path, stages=("pretrain",), evaluations={"x": tmp_path / "scores"})
+    page = (tmp_path / "report.html").read_text()
+    rows = re.findall(r'<tr><td><img width="\d+" src="data:image/png;base64,(.*?)"><td>&lt;b&gt;(.*?)\s*<td', page)
+    examples = [draw(task, i, seed=scenes.SEED, subset="test", counts=(1, 2)) for task in tasks for i in range(COUNT)]
+    assert len(rows) == len(examples)
+    for (data, asked), example in zip(rows, examples, strict=True):
+        assert asked == html.escape(example.question or example.instruction)
+        picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+        assert len(picture) == 32
+        shown = [] if example.task == "answer" else [reference.render(32) for reference in example.references]
+        for place, image in enumerate(shown):
+            np.testing.assert_array_equal(picture[:, 33 * place : 33 * place + 32], image)
+        np.testing.assert_array_equal(picture[:, -32:], example.target.render(32))
+
+
+def kept():
+    """What `report.write` returns of a run that kept what the quickstart promises, and is no better than it must be."""
+    terms = ("image", "text", "contrastive", "image_align", "text_align")
+    losses = {term: {"first": 4.0, "last": 2.0, "ratio": 0.5} for term in terms}
+    losses["compose/image"] = {"first": 1.0, "last": 0.9, "ratio": 0.9}  # of one source: not promised
+    estimate = {"value": 0.5, "low": 0.4, "high": 0.6, "samples": 48}
+    rows = [{"task": "caption", "measure": "exact", "kind": "", "estimate": estimate}]
+    rows += [{**rows[0], "kind": "long", "estimate": {**estimate, "value": 0.0}}]
+    return {"losses": losses, "halved": dict.fromkeys(terms, True), "scores": {"it": {"test, 1 things": rows}}}
+
+
+def test_a_kept_promise_is_told_from_a_broken_one():
+    report.check(kept(), "it")
+    risen, absent, poor, unscored = kept(), kept(), kept(), kept()
+    risen["halved"]["text"], risen["losses"]["text"]["ratio"] = False, 0.51
+    with pytest.raises(ValueError, match="it: .* the loss text ended at 51% of its first value, expected 50% or less"):
+        report.check(risen, "it")
+    del absent["halved"]["contrastive"], absent["losses"]["contrastive"]
+    with pytest.raises(ValueError, match="the loss contrastive is not there"):
+        report.check(absent, "it")
+    poor["scores"]["it"]["test, 1 things"][0]["estimate"]["value"] = 23 / 48
+    with pytest.raises(ValueError, match="47.9% of the captions of one thing are exact, expected 50% or more"):
+        report.check(poor, "it")
+    unscored["scores"]["it"] = {"test, 1-2 things": unscored["scores"]["it"]["test, 1 things"]}
+    with pytest.raises(ValueError, match=r"no captions of one thing were scored .launch/evaluate.py --things=1"):
+        report.check(unscored, "it")
 
 
 def test_the_command(knowing, tmp_path):
@@ -87,12 +146,14 @@ def test_the_command(knowing, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "generate/image: 8 -> 3 (38%)" in done.stdout
+    assert "generate/image: 8 -> 3 (38%)" in done.stdout and "\nnot halved: image, text\n" in done.stdout
     assert {"test, 1 things", "test, 2 things"} == set(
         json.loads((tmp_path / "page" / "metrics.json").read_text())["scores"]["it"]
     )
     twice = subprocess.run([*command, arguments[-1]], env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert twice.returncode == 1 and "a second 'it'" in twice.stderr
+    unknown = subprocess.run([*command, "--check=that"], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert unknown.returncode == 1 and "--check=that: expected the label of one of --scores" in unknown.stderr
     command[2] = f"--workdir={tmp_path}/typo"
     refused = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert refused.returncode == 1 and "typo: expected a run, with any of pretrain" in refused.stderr

@@ -100,8 +100,12 @@ def test_a_directory_holds_scores_by_one_setting(knowing, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "outputs.jsonl").read_text().splitlines()]
     exact = {(row["table"], row["task"]): row["scores"]["exact"] for row in rows}
     assert len(rows) == 6 and exact == {(name, "edit"): 1, ("test, 1 things", "generate"): 1, (name, "caption"): 0}
+    never = knowing(lambda *_: pytest.fail("sampled"))
     with pytest.raises(ValueError, match="scores by other settings .checkpoint 'a', now 'b'"):
-        evaluate.evaluate_scenes(None, tmp_path, tasks=["caption"], **common | {"about": {"checkpoint": "b"}})
+        evaluate.evaluate_scenes(never, tmp_path, tasks=["caption"], **common | {"about": {"checkpoint": "b"}})
+    never.params = {"head": {"bias": np.ones(3, np.float32)}}  # trained anew since, in the same place
+    with pytest.raises(ValueError, match=r"scores by other settings .weights \{'head': \d+\}, now \{'head': \d+\}"):
+        evaluate.evaluate_scenes(never, tmp_path, tasks=["caption"], **common)
 
 
 def test_sizes_that_scenes_cannot_be_read_at_are_refused(knowing):

@@ -1,6 +1,6 @@
 """What the evaluating command does: a checkpoint's scores on a benchmark, as files that people and programs read.
 
-OUTPUT/scores.json     every score with its interval, and the settings
+OUTPUT/scores.json     every score with its interval, the settings, and checksums of the weights that were scored
 OUTPUT/scores.md       the same as tables
 OUTPUT/outputs.jsonl   one line an example: what was asked, what was made (texts), the scores
 OUTPUT/SET-THINGS/TASK.png   the first examples: references | what was made | truth; for texts the image alone
@@ -24,8 +24,9 @@ from unialign_jax.data.scenes import usable_counts
 from unialign_jax.evaluation import metrics, scenes
 from unialign_jax.inference.presets import Protocol
 from unialign_jax.pipeline import UniAlignPipeline
+from unialign_jax.saved_step import checksums
 
-_SHOWN = 12  # examples in a picture
+SHOWN = 12  # examples in a picture: one each row
 
 
 def evaluate_scenes(
@@ -42,7 +43,7 @@ def evaluate_scenes(
     """Scores a model on every combination of held-out set and number of things, and writes the files above.
 
     With several processes all call it, and process 0 writes. What the files hold of other sets, things and tasks by the
-    same settings stays there.
+    same settings and weights stays there.
 
     Args:
       pipeline: the model.
@@ -59,12 +60,14 @@ def evaluate_scenes(
 
     Raises:
       ValueError: a task has no scenes of such a set and so many things, or the directory holds scores by other
-        settings. Nothing has been sampled by then.
+        settings or weights. Nothing has been sampled by then.
     """
     for subset, counts, task in itertools.product(subsets, things, tasks):
         usable_counts(task, subset, counts)
     directory = epath.Path(output)
-    facts = {**(about or {}), "count": count, "seed": scenes.SEED, "protocol": dataclasses.asdict(protocol)}
+    # A checkpoint's name says little: another may have taken its place.
+    facts = {**(about or {}), "weights": checksums(pipeline.params), "count": count, "seed": scenes.SEED}
+    facts["protocol"] = dataclasses.asdict(protocol)
     written = agreement.primary(lambda: _begin(directory, facts), ValueError)
     tables: dict[str, list[scenes.Score]] = {}
     for subset, counts in itertools.product(subsets, things):
@@ -75,7 +78,7 @@ def evaluate_scenes(
             _put(written, name, task, [_line(name, item) for item in outputs], scenes.summarize(outputs))
             # All have sampled together and know the same; one writes.
             file = directory / f"{subset}-{span}" / f"{task}.png"
-            agreement.primary(functools.partial(_write_picture, file, grid(outputs[:_SHOWN], pipeline.size[0])))
+            agreement.primary(functools.partial(_write_picture, file, grid(outputs[:SHOWN], pipeline.size[0])))
         # With each table: an interrupted evaluation keeps the others.
         agreement.primary(functools.partial(_write_scores, directory, facts, written))
         tables[name] = [_score(row) for row in written["tables"][name] if _task(row) in tasks]

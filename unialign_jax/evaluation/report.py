@@ -1,7 +1,7 @@
 """A run and its scores as one HTML page that needs no other file, and the same figures as JSON.
 
 OUTPUT/report.html    the losses' curves, score tables, inputs and outputs of every task
-OUTPUT/metrics.json   first and last value of every loss, every score
+OUTPUT/metrics.json   first and last value of every loss, which of its five terms at least halved, every score
 """
 
 import base64
@@ -14,12 +14,13 @@ from typing import Any
 from etils import epath
 from PIL import Image
 
+from unialign_jax.evaluation.evaluate import SHOWN
 from unialign_jax.training.writers import read_scalars
 
 Curve = list[tuple[int, float]]
 _TERMS = ("image", "text", "contrastive", "image_align", "text_align")
 _LAST = 0.1  # share of a curve's points whose mean is its last value: single points are noisy
-_SHOWN = 8  # texts in the page, of each task
+_HALF = 0.5  # what the quickstart promises of every term of the loss, at most, and of captions of one thing, at least
 _ZOOM = 3
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:62em;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.2em .8em;border-bottom:1px solid #ddd;text-align:left}
@@ -97,8 +98,13 @@ def write(
         scores[label] = json.loads((epath.Path(directory) / "scores.json").read_text())
         if "tables" not in scores[label]:
             raise ValueError(f"{directory}/scores.json: expected what launch/evaluate.py writes, found no 'tables'")
-    metrics = {"losses": changes(losses), "scores": {label: facts["tables"] for label, facts in scores.items()}}
-    body = [f"<h1>{html.escape(title)}</h1>", *_losses(losses, ends, metrics["losses"]), *_tables(scores)]
+    found = changes(losses)
+    metrics = {
+        "losses": found,
+        "halved": {term: found[term]["ratio"] <= _HALF for term in _TERMS if term in found},
+        "scores": {label: facts["tables"] for label, facts in scores.items()},
+    }
+    body = [f"<h1>{html.escape(title)}</h1>", *_losses(losses, ends, found), *_tables(scores)]
     for label, directory in evaluations.items():
         body += [f"<h2>What it makes: {html.escape(label)}</h2>", *_pictures(epath.Path(directory))]
     output = epath.Path(output)
@@ -107,6 +113,36 @@ def write(
     (output / "report.html").write_text(page + "\n".join(body) + "\n")
     (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     return metrics
+
+
+def check(metrics: Mapping[str, Any], label: str) -> None:
+    """Refuses a run that has not kept what the quickstart promises.
+
+    Args:
+      metrics: what `write` returns.
+      label: the evaluation of the run's model, on scenes of one thing.
+
+    Raises:
+      ValueError: one of the five terms of the loss did not at least halve, or less than half of the captions are exact.
+    """
+    broken = []
+    for term in _TERMS:
+        if term not in metrics["halved"]:
+            broken.append(f"the loss {term} is not there")
+        elif not metrics["halved"][term]:
+            ratio = metrics["losses"][term]["ratio"]
+            broken.append(f"the loss {term} ended at {ratio:.0%} of its first value, expected {_HALF:.0%} or less")
+    rows = metrics["scores"][label].get("test, 1 things", ())
+    shares = [row["estimate"]["value"] for row in rows if (row["task"], row["kind"]) == ("caption", "")]
+    if not shares:
+        broken.append("no captions of one thing were scored (launch/evaluate.py --things=1)")
+    elif shares[0] < _HALF:
+        broken.append(f"{shares[0]:.1%} of the captions of one thing are exact, expected {_HALF:.0%} or more")
+    if broken:
+        raise ValueError(
+            f"{label}: the run did not keep what the quickstart promises: {'; '.join(broken)}. "
+            "More steps help: QUICK_STEPS in configs/scenes_tiny.py"
+        )
 
 
 def _losses(losses: Mapping[str, Curve], ends: Sequence[int], found: Mapping[str, Any]) -> Iterable[str]:
@@ -120,7 +156,7 @@ def _losses(losses: Mapping[str, Curve], ends: Sequence[int], found: Mapping[str
     )
     for tag, points in losses.items():
         change = found[tag]
-        kind = "good" if change["ratio"] <= 0.5 else "bad"
+        kind = "good" if change["ratio"] <= _HALF else "bad"
         fell = f"{change['first']:.3g} → {change['last']:.3g} <span class={kind}>({change['ratio']:.0%})</span>"
         yield f"<figure>{_plot(points, ends)}<figcaption>{html.escape(tag)}: {fell}</figcaption></figure>"
 
@@ -159,25 +195,29 @@ def _tables(scores: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _pictures(directory: epath.Path) -> Iterable[str]:
-    """Grids of the image tasks; images of the text tasks with what was asked, said and true."""
+    """The first examples of every task: what was asked, made and true, in pictures and in words."""
     rows = [json.loads(line) for line in (directory / "outputs.jsonl").read_text().splitlines()]
     for table in dict.fromkeys(row["table"] for row in rows):
         folder = directory / table.replace(", ", "-").removesuffix(" things")
         for task in dict.fromkeys(row["task"] for row in rows if row["table"] == table):
-            shown = [row for row in rows if (row["table"], row["task"]) == (table, task)][:_SHOWN]
+            shown = [row for row in rows if (row["table"], row["task"]) == (table, task)][:SHOWN]
             with Image.open(io.BytesIO((folder / f"{task}.png").read_bytes())) as file:
                 picture = file.convert("RGB")
-            if "made" not in shown[0]:
-                legend = f"{task}, {table}: {'made | truth' if task == 'generate' else 'inputs | made | truth'}"
-                yield f"<figure>{_image(picture)}<figcaption>{html.escape(legend)}</figcaption></figure>"
-                continue
-            yield f"<h3>{task}, {html.escape(table)}</h3><table><tr><th>image<th>asked<th>made<th>truth</tr>"
-            side = picture.width
-            for index, row in enumerate(shown):
-                image = picture.crop((0, index * (side + 1), side, index * (side + 1) + side))
-                kind = "good" if all(row["scores"].values()) else "bad"
-                asked, made, truth = (html.escape(row[key]) for key in ("asked", "made", "truth"))
-                yield f'<tr><td>{_image(image)}<td>{asked}<td class="{kind}">{made}<td>{truth}</tr>'
+            height = (picture.height + 1) // len(shown)  # of a row, and the line below it
+            tops = range(0, picture.height, height)
+            images = [_image(picture.crop((0, top, picture.width, top + height - 1))) for top in tops]
+            texts = "made" in shown[0]
+            drawn = "made | truth" if task == "generate" else "inputs | made | truth"
+            yield f"<h3>{task}, {html.escape(table)}</h3><table><tr><th>{'image' if texts else drawn}<th>asked"
+            yield "<th>made<th>truth</tr>" if texts else "<th>score</tr>"
+            for image, row in zip(images, shown, strict=True):
+                yield f"<tr><td>{image}<td>{html.escape(row['asked'])}"
+                if texts:
+                    kind = "good" if all(row["scores"].values()) else "bad"
+                    yield f'<td class="{kind}">{html.escape(row["made"])}<td>{html.escape(row["truth"])}</tr>'
+                else:
+                    scores = ", ".join(f"{measure} {score:.2g}" for measure, score in row["scores"].items())
+                    yield f"<td>{scores}</tr>"
             yield "</table>"
 
 

@@ -1,16 +1,16 @@
 """The verifier: exact on clean renders, honest about what it can't read, worse the worse the image is."""
 
 import dataclasses
-import io
 import itertools
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter
 
 from unialign_jax.data.scenes import language, rendering, verify
 from unialign_jax.data.scenes.language import Unread
 from unialign_jax.data.scenes.world import BACKGROUNDS, PLACES, Scene, Thing, draw_scene
+from unialign_jax.evaluation import verifier
+from unialign_jax.evaluation.verifier import blur, noise
 
 RED = Thing("circle", "red", "small", "top left", "left")
 BLUE = Thing("ring", "blue", "large", "bottom right", "down")
@@ -43,38 +43,16 @@ def test_empty_backgrounds_are_scenes():
         assert verify.read_image(rendering.render(Scene((), background), 32)) == Scene((), background)
 
 
-def share_exact(worsen, items):
-    images = [worsen(rendering.render(scene, 32), i) for i, scene in enumerate(items)]
-    return np.mean([verify.image_exact(image, scene) for image, scene in zip(images, items, strict=True)])
-
-
-def noisy(sigma):
-    def add(image, i):
-        noise = np.random.default_rng(i).normal(0, sigma, image.shape)
-        return np.clip(np.rint(image + noise), 0, 255).astype(np.uint8)
-
-    return add
-
-
-def blurred(radius):
-    return lambda image, i: np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(radius)))
-
-
 def test_it_gets_worse_with_noise_and_with_blur():
     items = scenes(60)
-    for worsen, levels, harmless in ((noisy, (0, 48, 80, 112, 144), 48), (blurred, (0, 0.5, 1, 1.5, 2.5), 0.5)):
-        shares = [share_exact(worsen(level), items) for level in levels]
+    for way, levels, harmless in ((noise, (0, 48, 80, 112, 144), 48), (blur, (0, 0.5, 1, 1.5, 2.5), 0.5)):
+        shares = [verifier.shares(way(level), items)["exact"] for level in levels]
         assert all(b <= a for a, b in itertools.pairwise(shares)), shares
         assert shares[levels.index(harmless)] == 1 and shares[-1] < 0.1, shares
 
 
 def test_a_good_photographic_coding_does_no_harm():
-    def jpeg(image, i):
-        file = io.BytesIO()
-        Image.fromarray(image).save(file, "JPEG", quality=95, subsampling=0)
-        return np.asarray(Image.open(file))
-
-    assert share_exact(jpeg, scenes(60)) == 1
+    assert verifier.shares(verifier.jpeg(95), scenes(60))["exact"] == 1
 
 
 def test_images_that_are_no_scene_are_named():
@@ -142,7 +120,7 @@ def test_scores_of_maps():
         assert verify.depth_error(maps["depth"], scene) == 0
         assert verify.edge_score(maps["edges"], scene) == 1
         assert verify.pose_exact(maps["pose"], scene)
-        noisy_pose = noisy(40)(maps["pose"], 0)
+        noisy_pose = noise(40)(maps["pose"], 0)
         assert verify.pose_exact(noisy_pose, scene)
         turned = dataclasses.replace(scene.things[0], direction="up" if scene.things[0].direction != "up" else "left")
         changed = Scene((turned, *scene.things[1:]), scene.background)
