@@ -82,7 +82,7 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
             "vocab_size": VOCABULARY,
         },
     }
-    config.tokenizer = {"path": config_dict.placeholder(str), "learn_vocab_size": VOCABULARY, "more_texts": ()}
+    config.tokenizer = {"path": config_dict.placeholder(str), "learn_vocab_size": VOCABULARY, "more_texts": {}}
     config.teacher_tokenizer = config_dict.placeholder(str)
 
     config.data = {

@@ -166,7 +166,9 @@ def _stage(stage: str, root: config_dict.FieldReference) -> ml_collections.Confi
     config.tokenizer = {
         "path": config_dict.placeholder(str),
         "learn_vocab_size": VOCABULARY,
-        "more_texts": tuple(f"{task}.jsonl" for task in ("edit", "perceive", "answer", "compose")),
+        "more_texts": {
+            task: {"path": f"{task}.jsonl", "format": "rows"} for task in ("edit", "perceive", "answer", "compose")
+        },
     }
     config.teacher_tokenizer = config_dict.placeholder(str)
 

@@ -169,7 +169,7 @@ def _stage(stage: str, shared: dict) -> ml_collections.ConfigDict:
     config.tokenizer = {
         "path": config_dict.placeholder(str),  # that of what it starts from
         "learn_vocab_size": config_dict.placeholder(int),
-        "more_texts": (),
+        "more_texts": {},
     }
     config.teacher_tokenizer = config_dict.placeholder(str)  # the one that came with the teacher
 

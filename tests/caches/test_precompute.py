@@ -186,6 +186,20 @@ def test_the_limit_is_for_all_rows_however_often_it_starts(corpus, cached, tmp_p
     assert names == ["00000-of-00002.array_record.refused.json"]
 
 
+@pytest.mark.parametrize("missing", ["*/00001-*", "instructions/00000-*"])
+def test_the_limit_counts_what_any_part_refuses(corpus, cached, tmp_path, missing):
+    """Made alone, a cache of instructions has a row whose image is none; named first, it may not hide that row."""
+    shutil.copytree(cached, tmp_path / "caches")
+    for path in [
+        *(tmp_path / "caches" / "draw").rglob("instructions/*.refused.json"),
+        *(tmp_path / "caches" / "draw").rglob(missing),
+    ]:
+        path.unlink(missing_ok=True)
+    config = make_config(corpus, cached=("instructions", "latents"), **{"data.refused_share": 0.01})
+    with pytest.raises(CorpusError, match=r"1 of \d+ rows .*\n  not an image: 1\n +line 6: "):
+        precompute(config, tmp_path / "caches", rows_per_shard=7, batch=4, sources=["draw"])
+
+
 def test_a_shard_that_cannot_be_read_now_is_not_recorded_as_refused(corpus, tmp_path):
     build(JsonlSource(corpus / "generate.jsonl"), tmp_path / "made", rows_per_shard=2, refused_share=0.2)
     sorted((tmp_path / "made").glob("*.array_record*"))[0].rename(tmp_path / "away")

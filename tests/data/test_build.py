@@ -234,6 +234,7 @@ class Pets(tfds.core.GeneratorBasedBuilder):
                 {
                     "image": tfds.features.Image(),
                     "label": tfds.features.ClassLabel(names=["tabby_cat", "dog"]),
+                    "labels": tfds.features.Sequence(tfds.features.ClassLabel(names=["tabby_cat", "dog"])),
                     "captions": tfds.features.Sequence({"text": tfds.features.Text()}),
                 }
             )
@@ -247,7 +248,8 @@ class Pets(tfds.core.GeneratorBasedBuilder):
             texts = [{"text": f"caption {i}.{j}"} for j in range(i)]
             file = io.BytesIO()
             Image.new("RGB", (10, 8), (i, i, i)).save(file, "PNG")
-            yield i, {"image": file.getvalue(), "label": i % 2 if i < 4 else -1, "captions": texts}
+            label = i % 2 if i < 4 else -1
+            yield i, {"image": file.getvalue(), "label": label, "labels": [label, 0], "captions": texts}
 
 
 @pytest.fixture(scope="module")
@@ -271,15 +273,15 @@ def test_datasets_of_other_forms_by_name_and_directory(foreign, encoded):
             assert refused.cause is Cause.EMPTY_TEXT and "'captions/text' is an empty list" in refused.detail
     assert found == {encoded(i): f"caption {i}.0" for i in range(1, 5)}
     assert source.fingerprint().items() >= {"rows": 5, "name": "pets/1.2.0", "task": "caption"}.items()
-    fields = {"target": "image", "question": "label", "answer": "label"}
+    fields = {"target": "image", "question": "labels", "answer": "label"}
     labelled = TfdsSource(foreign / "pets" / "1.2.0", "answer", fields=fields)
     answers = {}
     for i in range(5):
         try:
-            answers[labelled[i].target] = labelled[i].answer
+            answers[labelled[i].target] = labelled[i].question, labelled[i].answer
         except Refused as refused:
-            assert refused.cause is Cause.EMPTY_TEXT and "'label': -1 is none of its 2 labels" in refused.detail
-    assert answers == {encoded(i): ("tabby cat", "dog")[i % 2] for i in range(4)}
+            assert refused.cause is Cause.EMPTY_TEXT and "-1 is none of its 2 labels" in refused.detail
+    assert answers == {encoded(i): (("tabby cat", "dog")[i % 2],) * 2 for i in range(4)}
 
 
 @pytest.mark.parametrize(
@@ -287,7 +289,9 @@ def test_datasets_of_other_forms_by_name_and_directory(foreign, encoded):
     [
         ({"path": "cats"}, CorpusError, "cats: no directory, and no dataset that TFDS knows"),
         ({"path": "."}, CorpusError, "found no dataset_info.json in it"),
-        ({"split": "test"}, CorpusError, r"pets\[test\]: "),
+        ({"path": "/absent"}, CorpusError, "/absent: expected .* found no dataset_info.json in it"),
+        ({"path": "mnist"}, CorpusError, "mnist: expected a prepared dataset, found none in .*data_dir.*_prepare"),
+        ({"split": "test"}, CorpusError, r"pets\[test\]: Unknown split 'test'.* \['train'\]"),
         ({"split": "train[:0]"}, CorpusError, r"pets\[train\[:0\]\]: "),
         ({"fields": {}}, CorpusError, "no feature 'target'; the dataset has captions, image, label"),
         ({"fields": {"target": "picture"}}, CorpusError, "no feature 'picture'; the dataset has captions, image"),

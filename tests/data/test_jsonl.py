@@ -129,9 +129,10 @@ def test_random_access_to_lines_however_they_are_broken(tmp_path, monkeypatch, c
     """Blank lines, both kinds of line break, a byte order mark, no break at the end; lines split over chunks."""
     monkeypatch.setattr(jsonl, "_CHUNK", chunk)
     rows = [json.dumps(GENERATE | {"image": [f"{i}é.png"]}, ensure_ascii=False).encode() for i in range(4)]
-    content = b"\xef\xbb\xbf" + rows[0] + b"\r\n\n" + rows[1] + b"\n\r\n \t \nx\n" + rows[2] + b"\n" + rows[3]
+    lines = [b"\xef\xbb\xbf" + rows[0] + b"\r", b"", rows[1], b"\r", b" \t " * 7, b" x", *rows[2:]]
+    content = b"\n".join(lines)
     path = tmp_path / "rows.jsonl"
-    for ending in (b"", b"\n", b"\r\n", b"\n  ", b"\n\t\r\n"):
+    for ending in (b"", b"\n", b"\r\n", b"\n" + b" " * 20, b"\n\t\r\n"):
         path.write_bytes(content + ending)
         source = JsonlSource(path)
         assert len(source) == 5
@@ -161,7 +162,7 @@ def test_sources_that_are_no_files(tmp_path):
     for address in ("http://host/rows.jsonl", "s3://bucket/rows.jsonl"):
         with pytest.raises(ValueError, match=f"{address}: expected a local path or gs://"):
             open_source(SourceConfig(address, "rows", "caption"))
-    for content in (b"", b"\n\r\n\n"):
+    for content in (b"", b"\n\r\n\n", b" " * 20):
         (tmp_path / "empty.jsonl").write_bytes(content)
         with pytest.raises(CorpusError, match=r"empty.jsonl: .* found no rows"):
             JsonlSource(tmp_path / "empty.jsonl")

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from unialign_jax.data.report import CorpusError, Report, TooManyRefused
@@ -47,6 +48,26 @@ def test_a_corpus_that_is_mostly_unusable_stops_early_and_one_at_the_limit_does_
     with pytest.raises(CorpusError):
         for _ in range(500):
             fill(steady, 100, 2)
+
+
+def first_rows(limit, share, rows, seed):
+    """The report of rows that are refused with a chance of `share`, as far as it lets them be read."""
+    report = Report("rows.jsonl", 10**12, limit)
+    places = np.cumsum(np.random.default_rng(seed).geometric(share, int(2 * share * rows)))
+    for place in places[places <= rows].tolist():
+        report.read = place - 1
+        try:
+            report.add(0, BAD)
+        except CorpusError:
+            break
+    return report
+
+
+def test_chance_alone_stops_no_host_however_long_it_reads():
+    for seed in (1514, 1906, 3054):  # of 6 000, eight exceed four standard deviations and five, these among them
+        assert first_rows(0.01, 0.01, 2_500_000, seed).read > 2_400_000
+    for seed in range(20):
+        assert first_rows(0.01, 0.03, 1_000_000, seed).read < 5_000
 
 
 def test_bad_rows_that_stand_together_are_judged_by_the_whole_file_where_it_is_read_in_order():

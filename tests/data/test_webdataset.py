@@ -33,10 +33,10 @@ def edit(*images):
 
 def test_samples_of_several_tars_by_index(tmp_path, encoded):
     images = [encoded(level) for level in range(5)]
-    write(tmp_path / "b.tar", [("2.before.png", images[2]), ("2.after.png", images[3]),
-                               ("2.json", edit("2.before.png", "2.after.png"))])  # fmt: skip
+    write(tmp_path / "b.tar", [("2.Before.png", images[2]), ("2.after.PNG", images[3]),
+                               ("2.JSON", edit("2.before.PNG", "2.after.png"))])  # fmt: skip
     write(tmp_path / "a.tar", [("./x/0.jpg", images[0]), ("./x/0.txt", "a é".encode()),
-                               ("./x/1.txt", b"b"), ("./x/1.PNG", images[1])])  # fmt: skip
+                               ("./x/1.TXT", b"b"), ("./x/1.PNG", images[1])])  # fmt: skip
     source = pickle.loads(pickle.dumps(TarSource(tmp_path)))
     assert len(source) == 3 and source.fingerprint()["rows"] == 3
     assert source[2] == Sample("edit", images[3], (images[2],), caption="a cat", instruction="make it red")

@@ -98,6 +98,8 @@ def changed(path: str, value) -> ml_collections.ConfigDict:
         ("optimizer.clip_norm", "2", r"optimizer\.clip_norm: expected float, found '2'"),
         ("optimizer", 3, r"optimizer: expected a section, found 3"),
         ("data.sources", 3, r"data\.sources: expected one section per source"),
+        ("tokenizer.more_texts", ("a.jsonl",), r"^tokenizer\.more_texts: expected one section per source"),
+        ("tokenizer.more_texts", {"a": {"paths": "a.jsonl"}}, r"^tokenizer\.more_texts\.a\.paths: unknown key"),
         ("data.prefetch", 0, r"data: prefetch is 0, expected 1 or more"),
         ("trained", (), r"trained is empty"),
         ("trained", (3,), r"trained\[0\]: expected str, found 3"),

@@ -1,15 +1,24 @@
-"""Which tokenizer a teacher reads with: the config's, the one that came with its weights, or the text encoder's."""
+"""What a tokenizer is learned from. Which one a teacher reads with: the config's, the one that came with its weights,
+or the text encoder's."""
 
 import dataclasses
 import json
+import pathlib
+import runpy
 import types
 
 import pytest
 
 from unialign_jax.checkpoints import Checkpoints
 from unialign_jax.convert import store
+from unialign_jax.data import scenes
+from unialign_jax.data.build import build
+from unialign_jax.data.jsonl import JsonlSource
+from unialign_jax.data.report import CorpusError
 from unialign_jax.data.tokenizer import Tokenizer
-from unialign_jax.training import tokenizers
+from unialign_jax.training import run_config, tokenizers
+
+CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "scenes_tiny.py"
 
 
 @dataclasses.dataclass
@@ -39,6 +48,24 @@ def converted(tmp_path):
     Tokenizer.learn(["ein rotes Quadrat"], 24).save(directory / store.TEACHER_TOKENIZER)
     (directory / store.MODEL_FILE).write_text(json.dumps(store.HEADER))
     return directory
+
+
+def test_all_texts_are_learned_from_in_whatever_format_they_are(tmp_path):
+    scenes.write_corpus(tmp_path, count=8, size=16)
+    config = runpy.run_path(str(CONFIG))["get_config"]("pretrain")
+    config.data.root = str(tmp_path)
+    config.tokenizer.learn_vocab_size = 96
+    rows = tokenizers.make(run_config.read(config), None)
+    for task, source in [*config.data.sources.items(), *config.tokenizer.more_texts.items()]:
+        source.update(path=str(tmp_path / "built" / task), format="tfds")
+        build(JsonlSource(tmp_path / f"{task}.jsonl", task), tmp_path / "built" / task)
+        (tmp_path / f"{task}.jsonl").unlink()
+    assert tokenizers.make(run_config.read(config), None).fingerprint() == rows.fingerprint()
+    del config.tokenizer.more_texts["edit"]
+    assert tokenizers.make(run_config.read(config), None).fingerprint() != rows.fingerprint()
+    config.tokenizer.more_texts.answer.format = "rows"
+    with pytest.raises(CorpusError, match="built/answer: expected a file of JSON rows"):
+        tokenizers.make(run_config.read(config), None)
 
 
 def test_it_comes_with_the_weights_however_many_stages_ago(converted, mine, tmp_path, monkeypatch):

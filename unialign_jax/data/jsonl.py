@@ -14,7 +14,7 @@ from unialign_jax.data.rows import count_pairs, parse_conversation, parse_row
 from unialign_jax.data.samples import TASKS, Sample
 
 _CHUNK = 16 << 20
-_SHORT = 16  # bytes; no row has so few
+_SPACE = ord(" ")  # white space is this byte and some below
 
 
 def sizes_path(path: epath.PathLike, task: str | None) -> str:
@@ -179,15 +179,18 @@ def _index_rows(file: epath.Path) -> _Index:
 
     Beside them the file's CRC-32: a file whose rows stand in another order is another file.
     """
-    breaks, returns = [], []  # offsets of line feeds; whether a carriage return stands before each
-    size, last, checksum = 0, b"", 0
+    # Offsets of line feeds, whether a carriage return stands before each; offsets of lines that begin with white space.
+    breaks, returns, spaced = [], [], []
+    size, last, checksum = 0, b"\n", 0  # as if a line had ended before the file
     with file.open("rb") as stream:
         while chunk := stream.read(_CHUNK):
             data = np.frombuffer(last[-1:] + chunk, np.uint8)
-            at = np.flatnonzero(data[len(last[-1:]) :] == ord("\n"))
-            before = at - 1 + len(last[-1:])
-            returns.append((before >= 0) & (data[before] == ord("\r")))
-            breaks.append(at + size)
+            at = np.flatnonzero(data == ord("\n"))
+            begins = at[at + 1 < len(data)] + 1
+            spaced.append(begins[data[begins] <= _SPACE] + size - 1)
+            at = at[at > 0]  # the one at 0 belongs to the chunk before
+            returns.append(data[at - 1] == ord("\r"))
+            breaks.append(at + size - 1)
             checksum = zlib.crc32(chunk, checksum)
             size += len(chunk)
             last = chunk
@@ -200,9 +203,10 @@ def _index_rows(file: epath.Path) -> _Index:
     starts = np.concatenate([[0], feeds[:-1] + 1])
     ends = feeds - np.concatenate(returns)
     filled = ends > starts
-    if len(short := np.flatnonzero(filled & (ends - starts <= _SHORT))):  # these may hold spaces alone
+    spaced = np.searchsorted(starts, np.concatenate(spaced))
+    if len(spaced := spaced[filled[spaced]]):  # these may hold white space alone
         with storage.open_to_scan(file) as stream:
-            for line in short:
+            for line in spaced:
                 stream.seek(int(starts[line]))
                 filled[line] = bool(stream.read(int(ends[line] - starts[line])).strip())
     lines = np.flatnonzero(filled)

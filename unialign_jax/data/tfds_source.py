@@ -78,6 +78,7 @@ class TfdsSource:
         self._labels = {}
         for name in self._fields.values():
             feature = _feature(info.features, name, self.path)
+            feature = getattr(feature, "feature", feature)  # of several labels the first is taken
             if isinstance(feature, tfds.features.ClassLabel):
                 self._labels[name] = list(feature.names)
         needed = {"target"} if task else {"target", "task"}
@@ -155,10 +156,10 @@ def _builder(path: epath.PathLike, data_dir: epath.PathLike | None):
     directory = epath.Path(path)
     if (directory / "dataset_info.json").exists():
         return tfds.builder_from_directory(directory)
-    if directory.exists():
+    if directory.exists() or directory.is_absolute():  # no name is
         raise CorpusError(f"{path}: expected the directory of a TFDS dataset, found no dataset_info.json in it")
     try:
-        return tfds.builder(str(path), data_dir=data_dir, try_gcs=False, file_format="array_record")
+        builder = tfds.builder(str(path), data_dir=data_dir, try_gcs=False, file_format="array_record")
     except tfds.core.DatasetNotFoundError:
         raise CorpusError(
             f"{path}: no directory, and no dataset that TFDS knows or has prepared in {data_dir or 'its data_dir'}"
@@ -167,6 +168,13 @@ def _builder(path: epath.PathLike, data_dir: epath.PathLike | None):
         raise CorpusError(
             f"{path}: TFDS can't load it ({error}); prepare it in {data_dir or 'its data_dir'}"
         ) from error
+    if not builder.info.splits:  # TFDS knows how to make it
+        raise CorpusError(
+            f"{path}: expected a prepared dataset, found none in {builder.data_dir}: set data_dir to where it is, or "
+            f"prepare it: tfds.builder({str(path)!r}, data_dir={data_dir and str(data_dir)!r}, "
+            "file_format='array_record').download_and_prepare()"
+        )
+    return builder
 
 
 def _feature(features: Any, name: str, path: str) -> Any:

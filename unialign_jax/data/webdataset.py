@@ -1,6 +1,6 @@
 """WebDataset tars, with random access. Made to be converted once (`launch/build.py`): opening one reads every header.
 
-The files of a sample stand together and share a name up to the first dot:
+The files of a sample stand together and share a name up to the first dot; behind it, case does not count:
 
     000017.jpg, 000017.txt     an image and its caption
     000017.json, ...           a row in a published form (`rows`), which names its images: other files of the sample
@@ -25,7 +25,7 @@ from unialign_jax.data.samples import TASKS, Cause, Refused, Sample
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jp2")
 _CHUNK = 1 << 20
-_Members = dict[str, tuple[int, int]]  # suffix -> offset and size in the tar
+_Members = dict[str, tuple[int, int]]  # suffix, in lower case -> offset and size in the tar
 
 
 class TarSource:
@@ -74,15 +74,15 @@ class TarSource:
 
         def find(name: str) -> bytes:
             stem, _, suffix = name.rpartition("/")[2].partition(".")
-            if stem != key.rpartition("/")[2] or suffix not in members:
+            if stem != key.rpartition("/")[2] or suffix.lower() not in members:
                 raise Refused(Cause.MISSING_IMAGE, f"{name!r}: no such file in the sample {key!r}")
-            return read(suffix)
+            return read(suffix.lower())
 
         if "json" in members:
             row = read("json")
             if "txt" not in members or _is_row(row):
                 return parse_row(row, self._task, find)
-        images = [suffix for suffix in members if suffix.lower() in IMAGE_SUFFIXES]
+        images = [suffix for suffix in members if suffix in IMAGE_SUFFIXES]
         if len(images) != 1:
             raise Refused(Cause.IMAGE_COUNT, f"expected 1 image, found {len(images)} among {', '.join(members)}")
         if "txt" not in members:
@@ -140,7 +140,7 @@ def _samples_of(tar: epath.Path) -> Iterator[tuple[str, _Members]]:
                     yield last, members
                     members = {}
                 last = key
-                members[suffix] = (member.offset_data, member.size)
+                members[suffix.lower()] = (member.offset_data, member.size)
             # A header that is damaged ends the reader's iteration as the end of the tar does.
             # A block of zeros ends it too, such as the one between tars that were written behind each other.
             file.seek(archive.offset)

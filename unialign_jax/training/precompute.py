@@ -122,14 +122,16 @@ def precompute(
 
     def count_finished() -> None:
         for stream, parts, lacking in zip(streams, targets, missing, strict=True):
-            _count_finished(next(iter(parts.values())), set().union(*lacking.values()), reports[stream.source])
+            _count_finished(tuple(parts.values()), set().union(*lacking.values()), reports[stream.source])
 
     agreement.primary(count_finished, CorpusError)
     rows, left = sum(len(stream.rows) for stream in streams), sum(job.rows for job in jobs)
     share = Share.of(program)
     with tqdm.tqdm(total=rows, initial=rows - left, unit="row", disable=not speaks, bar_format=_BAR) as bar:
         for job in jobs:
-            _work(job, share, encode, run.data, reports[job.stream.source], bar)
+            parts = next(parts for stream, parts in zip(streams, targets, strict=True) if stream is job.stream)
+            others = [target for part, target in parts.items() if part not in job.targets]
+            _work(job, others, share, encode, run.data, reports[job.stream.source], bar)
     states = agreement.gather([report.state() for report in reports])  # and so all files are written
     for report, parts in zip(reports, zip(*states, strict=True), strict=True):
         report.restore(Report.merge(parts))
@@ -165,8 +167,16 @@ def _makers(run: RunConfig) -> set[str]:
     return {CACHED[part] for part in run.cached}
 
 
-def _work(job: Job, share: Share, encode: "_Encoder", config: DataConfig, report: Report, bar: tqdm.tqdm) -> None:
-    """Makes the shards of a job."""
+def _work(
+    job: Job,
+    others: Sequence[Target],
+    share: Share,
+    encode: "_Encoder",
+    config: DataConfig,
+    report: Report,
+    bar: tqdm.tqdm,
+) -> None:
+    """Makes the shards of a job; the stream's `others` have these shards already."""
     turns = tuple(rounds(job, share))
     needs_pixels = any(part != "instructions" for part in job.targets)
     rooms = in_chunks(range(share.sizes[share.group]))
@@ -177,8 +187,9 @@ def _work(job: Job, share: Share, encode: "_Encoder", config: DataConfig, report
     try:
         for turn in turns:
             with contextlib.ExitStack() as stack:
-                writers, refusals = {}, []
+                writers, refusals, known = {}, [], {}
                 if share.writes and turn.shard is not None:
+                    known = _refusals(others, turn.shard)
                     writers = {
                         name: stack.enter_context(_shard_writer(target, turn.shard))
                         for name, target in job.targets.items()
@@ -196,10 +207,10 @@ def _work(job: Job, share: Share, encode: "_Encoder", config: DataConfig, report
                     element = _joined(parts, rooms)
                     encoded.append((element, encode(element.pop("arrays"), tuple(job.targets))))
                     if len(encoded) > 1:
-                        refusals += _write(*encoded.popleft(), job, writers, report)
+                        refusals += _write(*encoded.popleft(), job, writers, known, report)
                     bar.update(count)
                 while encoded:
-                    refusals += _write(*encoded.popleft(), job, writers, report)
+                    refusals += _write(*encoded.popleft(), job, writers, known, report)
                 for target in job.targets.values() if writers else ():  # before the shards appear
                     account = _refusals_path(target, turn.shard)
                     if refusals:
@@ -211,6 +222,7 @@ def _work(job: Job, share: Share, encode: "_Encoder", config: DataConfig, report
 
 
 _Element = dict[str, Any]
+_Refusal = tuple[int, str, str, str]  # row, its place, cause, detail; see `Report.add`
 
 
 def _joined(parts: Sequence[_Element], rooms: Sequence[range]) -> _Element:
@@ -232,9 +244,13 @@ def _write(
     encoded: Mapping[str, jax.Array],
     job: Job,
     writers: Mapping[str, ArrayRecordWriter],
+    known: Mapping[int, _Refusal],
     report: Report,
-) -> list[tuple[int, str, str, str]]:
-    """Appends the records of a batch to a shard of every part; the rows that can't be used, as the report has them."""
+) -> list[_Refusal]:
+    """Appends the records of a batch to a shard of every part; the rows that can't be used, as the report has them.
+
+    Those that are `known` from other parts, which read more of a row, are counted as well.
+    """
     if not writers:
         return []
     refusals = []
@@ -243,7 +259,7 @@ def _write(
         refused = element["refusals"].get(slot)
         if refused is not None:
             refusals.append((row, job.source.place(row), str(refused.cause), refused.detail))
-        report.add(0, None if refused is None else refusals[-1])
+        report.add(0, known.get(row) if refused is None else refusals[-1])
         for part, writer in writers.items():
             if refused is not None:
                 writer.write(caches.refused_record(mark, refused))
@@ -258,15 +274,25 @@ def _refusals_path(target: Target, shard: int) -> epath.Path:
     return target.path / f"{target.description.shard_name(shard)}.refused.json"
 
 
-def _count_finished(target: Target, missing: Set[int], report: Report) -> None:
-    """Counts the rows of the shards that are there: the limit is for all rows, however often one starts again."""
-    there = {file.name for file in target.path.iterdir()}
-    for shard in sorted(set(range(target.description.shards)) - missing):
-        file = _refusals_path(target, shard)
-        refusals = json.loads(file.read_text()) if file.name in there else []
-        report.read += len(target.description.shard_rows(shard)) - len(refusals)
-        for refusal in refusals:
-            report.add(0, tuple(refusal))
+def _refusals(targets: Sequence[Target], shard: int) -> dict[int, _Refusal]:
+    """The refused rows of a shard by number, of all these parts: one that reads no images alone misses bad ones."""
+    found = {}
+    for target in targets:
+        with contextlib.suppress(FileNotFoundError):
+            for refusal in json.loads(_refusals_path(target, shard).read_text()):
+                found.setdefault(refusal[0], tuple(refusal))
+    return found
+
+
+def _count_finished(targets: Sequence[Target], missing: Set[int], report: Report) -> None:
+    """Counts the rows of the shards that all parts have: the limit is for all rows, however often one starts again."""
+    first = targets[0]  # the shards of all parts hold the same rows
+    there = {file.name for target in targets for file in target.path.iterdir()}  # to ask for each file takes long
+    for shard in sorted(set(range(first.description.shards)) - missing):
+        refusals = _refusals(targets, shard) if _refusals_path(first, shard).name in there else {}
+        report.read += len(first.description.shard_rows(shard)) - len(refusals)
+        for refusal in refusals.values():
+            report.add(0, refusal)
 
 
 def _rows_here(array: jax.Array) -> np.ndarray:

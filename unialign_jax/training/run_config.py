@@ -37,12 +37,13 @@ class TokenizerConfig:
       path: directory of a saved tokenizer.
       learn_vocab_size: learn one of this size from the captions of the data, once, at the start of the run. A run that
         starts from another (`RunConfig.init`) takes over that one's tokenizer instead: parameters go with their ids.
-      more_texts: JSONL rows to learn from as well, those of stages that will take the tokenizer over.
+      more_texts: sources to learn from as well, those of stages that will take the tokenizer over; in a config by name,
+        as `data.sources` are.
     """
 
     path: str | None = None
     learn_vocab_size: int | None = None
-    more_texts: tuple[str, ...] = ()
+    more_texts: tuple[SourceConfig, ...] = ()
 
     def __post_init__(self):
         if self.path is not None and self.learn_vocab_size is not None:
@@ -110,8 +111,8 @@ class RunConfig:
       steps: updates in all.
       model: the networks, as `networks.build_networks` takes them.
       data: what is trained on; its sources are named, and terms of the loss are reported by these names too. The
-        config's `data.root` is a directory that the paths of sources and of `tokenizer.more_texts` are relative to,
-        except TFDS datasets and addresses (`gs://`).
+        config's `data.root` is a directory that the paths of these sources and of `tokenizer.more_texts` are relative
+        to, except TFDS datasets and addresses (`gs://`).
       source_names: the names, in the order of `data.sources`.
       objective, optimizer: see their classes; the mask and end tokens follow from the tokenizer.
       tokenizer: of the text encoder.
@@ -215,29 +216,28 @@ def read(config: Any, name: str = "") -> RunConfig:
         raise ConfigError(
             f"{prefix}{(fixed or ['source_names'])[0]}: not a key of the config, it follows from other keys"
         )
-    if isinstance(fields.get("data"), Mapping) and isinstance(fields["data"].get("sources"), Mapping):
-        sources = _below_root(fields)
-        named = {key: _build(SourceConfig, source, f"{prefix}data.sources.{key}") for key, source in sources.items()}
-        fields["data"] = {**fields["data"], "sources": tuple(named.values())}
-        fields["source_names"] = tuple(named)
-    else:
-        raise ConfigError(f"{prefix}data.sources: expected one section per source, by name")
+    data, tokenizer = fields.get("data"), fields.get("tokenizer")
+    data = dict(data) if isinstance(data, Mapping) else {}
+    root = data.pop("root", "")
+    sources = _sources(data.get("sources"), root, f"{prefix}data.sources")
+    fields["data"] = {**data, "sources": tuple(sources.values())}
+    fields["source_names"] = tuple(sources)
+    if isinstance(tokenizer, Mapping) and "more_texts" in tokenizer:
+        more = _sources(tokenizer["more_texts"], root, f"{prefix}tokenizer.more_texts")
+        fields["tokenizer"] = {**tokenizer, "more_texts": tuple(more.values())}
     return _build(RunConfig, fields, name)
 
 
-def _below_root(fields: dict[str, Any]) -> dict[str, Any]:
-    """The sources, their paths below `data.root`; likewise those that a tokenizer is learned from, in place."""
-    root = fields["data"].pop("root", "")
-
-    def below(path: Any) -> Any:
-        joins = root and isinstance(path, str) and not storage.is_remote(path)
-        return str(epath.Path(os.path.expanduser(root)) / os.path.expanduser(path)) if joins else path
-
-    sources = fields["data"]["sources"]
-    for source in sources.values():
-        if isinstance(source, dict) and source.get("format") != "tfds":
-            source["path"] = below(source.get("path"))
-    tokenizer = fields.get("tokenizer")
-    if isinstance(tokenizer, dict) and isinstance(tokenizer.get("more_texts"), tuple):
-        tokenizer["more_texts"] = tuple(map(below, tokenizer["more_texts"]))
-    return sources
+def _sources(section: Any, root: str, name: str) -> dict[str, SourceConfig]:
+    """The sources of a section, their paths below `root`."""
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{name}: expected one section per source, by name")
+    found = {}
+    for key, source in section.items():
+        if isinstance(source, Mapping) and source.get("format") != "tfds":
+            path = source.get("path")
+            if root and isinstance(path, str) and not storage.is_remote(path):
+                path = str(epath.Path(os.path.expanduser(root)) / os.path.expanduser(path))
+                source = {**source, "path": path}
+        found[key] = _build(SourceConfig, source, f"{name}.{key}")
+    return found

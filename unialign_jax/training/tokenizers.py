@@ -12,7 +12,7 @@ from unialign_jax import lineage, storage
 from unialign_jax.convert import store
 from unialign_jax.data.report import CorpusError
 from unialign_jax.data.samples import Refused
-from unialign_jax.data.sources import Source, SourceConfig, open_source
+from unialign_jax.data.sources import Source, open_source
 from unialign_jax.data.tokenizer import PlainTokenizer, Tokenizer
 from unialign_jax.networks import Networks
 from unialign_jax.training.run_config import RunConfig
@@ -43,7 +43,7 @@ def make(run: RunConfig, init: str | None) -> Tokenizer:
             f"{run.stage} starts from random parameters, which have no tokenizer: set init, tokenizer.path or "
             "tokenizer.learn_vocab_size"
         )
-    sources = [open_source(source) for source in (*run.data.sources, *map(SourceConfig, run.tokenizer.more_texts))]
+    sources = [open_source(source) for source in (*run.data.sources, *run.tokenizer.more_texts)]
     if jax.process_index() == 0:
         print(f"[{run.stage}] learning a tokenizer from {sum(map(len, sources))} rows", flush=True)
     try:
