@@ -35,18 +35,17 @@ def small(**changes):
     return scaling.read_config(config)
 
 
+def judged(strategy):
+    """The verdict of training the transformer alone, encoders cached."""
+    verdict.prepare("v5e:4x4")
+    cached = ("latents", "instructions", "teacher")
+    run = small(strategy=strategy, remat="dots+attention", trained=("transformer",), cached=cached)
+    return verdict.judge(run, "v5e:4x4")
+
+
 @pytest.fixture(scope="module")
 def found():
-    verdict.prepare("v5e:4x4")
-    run = small(
-        **{
-            "strategy": "data=2+fsdp=8",
-            "remat": "dots+attention",
-            "trained": ("transformer",),
-            "cached": ("latents", "instructions", "teacher"),
-        }
-    )
-    return verdict.judge(run, "v5e:4x4")
+    return judged("data=2+fsdp=8")
 
 
 def test_small_config_fits_with_the_kernel_in_the_program(found):
@@ -84,16 +83,7 @@ def test_the_program_does_what_is_needed_and_what_its_policy_repeats(found):
 @pytest.mark.slow
 def test_a_split_sequence_moves_keys_and_values_alone():
     """Over `sequence`, in the step with its blocks: no token changes its device where streams join and part."""
-    verdict.prepare("v5e:4x4")
-    run = small(
-        **{
-            "strategy": "data=2+fsdp=4+sequence=2",
-            "remat": "dots+attention",
-            "trained": ("transformer",),
-            "cached": ("latents", "instructions", "teacher"),
-        }
-    )
-    found = verdict.judge(run, "v5e:4x4")
+    found = judged("data=2+fsdp=4+sequence=2")
     received = {entry["kind"]: entry["bytes"] for entry in found["collectives"] if entry["axes"] == "sequence"}
     layers, rows, tokens, width = 5, 8, 256, 128
     half = layers * 2 * 2 * rows * tokens * width * 2 / 2  # keys and values of both passes, bfloat16; one half is here

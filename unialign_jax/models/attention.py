@@ -72,10 +72,10 @@ def attend(
 
 
 def join_tokens(parts: Sequence[jax.Array]) -> jax.Array:
-    """Concatenates arrays `[B, S_i, ...]` along tokens, in an order in which none leaves its device.
+    """Concatenates arrays `[B, S_i, ...]` to `[B, S, ...]`, in an order of tokens in which none leaves its device.
 
-    Where the mesh splits tokens, each device's share of the result is its share of every part, one after the other:
-    attention does not mind the order. In the given order XLA would move most tokens to other devices and back.
+    Where the mesh splits tokens evenly, each device's share of the result is its share of every part, one after the
+    other: attention does not mind the order. In the given order XLA would move most tokens to other devices and back.
     """
     shares = _shares([part.shape[1] for part in parts])
     apart = [part.reshape(part.shape[0], shares, -1, *part.shape[2:]) for part in parts]
@@ -84,7 +84,7 @@ def join_tokens(parts: Sequence[jax.Array]) -> jax.Array:
 
 
 def split_tokens(joint: jax.Array, lengths: Sequence[int]) -> list[jax.Array]:
-    """Undoes `join_tokens` of parts with these numbers of tokens."""
+    """Undoes `join_tokens`: `[B, S, ...]` to parts `[B, S_i, ...]` whose numbers of tokens S_i are `lengths`."""
     shares = _shares(lengths)
     apart = joint.reshape(joint.shape[0], shares, -1, *joint.shape[2:])
     parts = jnp.split(apart, np.cumsum(lengths[:-1]) // shares, axis=2)
