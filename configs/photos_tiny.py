@@ -88,7 +88,15 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
     config.data = {
         "root": "",
         "sources": {
-            "photos": {"path": "data/photos/generate.jsonl", "format": "rows", "task": "generate", "weight": 1.0}
+            "photos": {
+                "path": "data/photos/generate.jsonl",
+                "format": "rows",
+                "task": "generate",
+                "references": 0,
+                "weight": 1.0,
+                "image_pass": 1.0,
+                "text_pass": 1.0,
+            }
         },
         "global_batch": 16,
         "height": IMAGE,
