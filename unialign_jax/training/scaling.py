@@ -85,6 +85,7 @@ CASES = (
     *_cases((4, 10, 8, 20, 4), _REMATS, source="edit"),
     *_cases((3, 10, 6, 12, 3), _REMATS, stage="personalize", source="compose"),
     *_cases((2, 4, 4, 8, 2), _REMATS, side=1024),
+    # A sampler recomputes nothing: the policies are in its files' names alone.
     *_cases((8, 16, 8, 32, 8), ("attention", "dots+attention") * 2 + ("attention",), program="sample"),
 )
 
