@@ -12,8 +12,8 @@ usage() {
 usage: bash launch/tpu_vm.sh COMMAND --name=NAME --zone=ZONE [options] [-- ARGUMENTS]
 
 commands, in the order of a run:
-  create    ask for the TPU through queued resources     (--type; --slices, --spot, --reserved, --runtime;
-                                                         -- gcloud's flags: --network=… --reservation=… ...)
+  create    ask for the TPU through queued resources     (--type; --slices, --spot, --reserved or --reservation,
+                                                         --runtime; -- gcloud's flags: --network=… ...)
   wait      until it is there
   install   copy this checkout to all workers and install it
   start     train on all workers, in the background       (-- --config=... --workdir=gs://...)
@@ -34,7 +34,9 @@ options:
   --slices=N        slices that train together; default 1. `start` and `run` need it again
   --internal_ip     reach the workers by their internal addresses, from a machine in their network
   --spot            cheaper, may be taken away at any time
-  --reserved        from a reservation
+  --reserved        from any reservation that the project has
+  --reservation=R   from the one of this name, through gcloud alpha, which alone can. One in calendar mode needs behind --
+                    --provisioning-model=reservation-bound too
   --runtime=NAME    software of the VM; default: the one for JAX of --type's generation
   --restarts=N      how often a worker's program is started again after failures that follow each other, of which none
                     comes after half an hour of work; default 20
@@ -63,7 +65,7 @@ act() {
 }
 
 tpus() { # ARGUMENTS...: gcloud's command for queued resources, with zone and project
-  act gcloud compute tpus queued-resources "$@" "--zone=$zone" ${project:+"--project=$project"}
+  act gcloud ${track:+"$track"} compute tpus queued-resources "$@" "--zone=$zone" ${project:+"--project=$project"}
 }
 
 on_all_workers() { # COMMAND
@@ -100,14 +102,14 @@ runtime_of() { # GENERATION; https://docs.cloud.google.com/tpu/docs/runtimes
 
 create() {
   [[ -n "$type" ]] || fail "create needs --type, such as --type=v6e-256"
-  [[ -z "$spot" || -z "$reserved" ]] || fail "--spot and --reserved exclude each other"
-  local generation nodes
+  ((${#spot} + ${#reserved} + (${#reservation} > 0) < 2)) || fail "--spot, --reserved and --reservation exclude each other"
+  local generation nodes track="${reservation:+alpha}" # https://docs.cloud.google.com/tpu/docs/consume-reservation
   generation=$(generation_of "$type")
   if ((slices > 1)); then nodes=("--node-count=$slices" "--node-prefix=$name"); else nodes=("--node-id=$name"); fi
   # The scope lets the workers read and write Cloud Storage as far as their service account may.
   tpus create "$name" "--accelerator-type=$type" "--runtime-version=${runtime:-$(runtime_of "$generation")}" \
     "${nodes[@]}" --scopes=https://www.googleapis.com/auth/cloud-platform \
-    ${spot:+--spot} ${reserved:+--reserved} "${program[@]}"
+    ${spot:+--spot} ${reserved:+--reserved} ${reservation:+"--reservation=$reservation"} "${program[@]}"
 }
 
 wait_until_active() {
@@ -262,7 +264,7 @@ echo "still running after 600 s; see ~/unialign_jax/run.log" >&2; exit 1'
 }
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-name="" zone="" project="" type="" slices=1 spot="" reserved="" runtime="" restarts=20 slice=0 worker=0 dry_run="" internal_ip=""
+name="" zone="" project="" type="" slices=1 spot="" reserved="" reservation="" track="" runtime="" restarts=20 slice=0 worker=0 dry_run="" internal_ip=""
 generation="" program=()
 [[ $# -gt 0 ]] || { usage >&2; exit 2; }
 command=$1
@@ -279,6 +281,7 @@ while [[ $# -gt 0 ]]; do
     --slice=*) slice=${1#*=} ;;
     --worker=*) worker=${1#*=} ;;
     --generation=*) generation=${1#*=} ;;
+    --reservation=*) reservation=${1#*=} ;;
     --spot) spot=1 ;;
     --reserved) reserved=1 ;;
     --internal_ip) internal_ip=1 ;;

@@ -70,6 +70,14 @@ def test_create_can_ask_for_several_spot_or_reserved_slices():
     assert "--reserved" in command and "--spot" not in command
 
 
+def test_a_reservation_of_a_name_is_taken_through_gcloud_alpha():
+    (command,) = dry_run("create", *TPU, "--type=v6e-16", "--reservation=ours", "--", "--provisioning-model=bound")
+    assert command[:3] == ["gcloud", "alpha", "compute"]
+    assert "--provisioning-model=bound" in command and "--reservation=ours" in command and "--reserved" not in command
+    (command,) = dry_run("wait", *TPU)
+    assert command[:2] == ["gcloud", "compute"]
+
+
 def test_every_command_names_the_tpu_and_says_what_it_does():
     (describe,) = dry_run("wait", *TPU)
     assert describe[4:6] == ["describe", "run1"] and "--format=value(state.state)" in describe
@@ -159,6 +167,7 @@ def test_run_has_every_worker_run_a_program_with_the_generations_flags():
         (["create", *TPU, "--type=v99-4"], "--type=v99-4 is unknown"),
         (["create", *TPU, "--type=tpu7x-64"], "launch/gke.yaml"),
         (["create", *TPU, "--type=v6e-16", "--spot", "--reserved"], "exclude each other"),
+        (["create", *TPU, "--type=v6e-16", "--reserved", "--reservation=ours"], "exclude each other"),
         (["create", *TPU, "--type=v6e-16", "--slices=two"], "--slices=two: expected a whole number"),
         (["create", *TPU, "--type=v6e-16", "--slices=08"], "--slices=08: expected a whole number"),
         (["create", *TPU, "--type=v6e-16", "--slices=0"], "--slices=0"),
