@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import pathlib
+import tarfile
 import threading
 
 import jax
@@ -24,6 +25,7 @@ from unialign_jax.data.jsonl import JsonlSource
 from unialign_jax.data.pipeline import make_batches, merge_states
 from unialign_jax.data.report import CorpusError
 from unialign_jax.data.sources import SourceConfig, open_source
+from unialign_jax.data.webdataset import TarSource
 
 # Of the rows of the corpus, by i % 4: wide, square, tall, square.
 SIZES = {0: (16, 36), 1: (24, 24), 2: (72, 32), 3: (24, 24)}
@@ -82,13 +84,39 @@ def test_images_are_measured_once_upright_and_from_their_headers(tmp_path, encod
     np.testing.assert_array_equal(target_sizes(JsonlSource(path)), expected)
     (tmp_path / "0.png").unlink()
     np.testing.assert_array_equal(target_sizes(JsonlSource(path)), expected)
+    (tmp_path / "0.png").write_bytes(encoded(1, 40, 50))
     with path.open("a") as file:  # another state of the file: measured anew
         file.write("\n" + json.dumps(rows[3]))
-    np.testing.assert_array_equal(target_sizes(JsonlSource(path)), [[0, 0], *expected[1:], [8, 9]])
+    np.testing.assert_array_equal(target_sizes(JsonlSource(path)), [[40, 50], *expected[1:], [8, 9]])
     kept = pathlib.Path(JsonlSource(path).sizes_path)
     for damaged in (kept.read_bytes()[:100], b"", b"text"):  # half copied: measured anew
         kept.write_bytes(damaged)
-        np.testing.assert_array_equal(target_sizes(JsonlSource(path)), [[0, 0], *expected[1:], [8, 9]])
+        np.testing.assert_array_equal(target_sizes(JsonlSource(path)), [[40, 50], *expected[1:], [8, 9]])
+
+
+def test_images_that_were_missing_are_looked_for_again(tmp_path, write_rows, encoded, in_processes, caplog):
+    path = write_rows(4, size=lambda i: (8, 10 + i), spoil=(2,), absent=(1,))
+    expected = [[8, 10], [0, 0], [0, 0], [8, 13]]
+    for sizes in in_processes(*[functools.partial(agreed_sizes, JsonlSource(path))] * 2):
+        np.testing.assert_array_equal(sizes, expected)
+    assert caplog.text.count(f"1 of the 4 rows of {path} are of unknown size") == 1
+    (tmp_path / "absent1.png").write_bytes(encoded(1, 30, 20))
+    (tmp_path / "0.png").unlink()  # was measured
+    expected[1] = [30, 20]
+    np.testing.assert_array_equal(target_sizes(JsonlSource(path)), expected)
+    assert [file.name for file in tmp_path.glob("*.npz*")] == ["rows.jsonl.sizes.npz"]
+
+
+def test_sizes_are_kept_where_a_tar_lacks_what_its_rows_name(tmp_path, encoded):
+    """What is not in a tar can't come later: another tar is measured anew."""
+    row = {"image": ["0.jpg"], "conversations": [{"from": "human", "value": "x"}]}
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, data in (("0.png", encoded(0)), ("0.json", json.dumps(row).encode())):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    np.testing.assert_array_equal(target_sizes(TarSource(tmp_path / "a.tar")), [[0, 0]])
+    assert [file.name for file in tmp_path.glob("*.npz*")] == ["a.tar.sizes.npz"]
 
 
 def test_an_image_that_can_not_be_read_now_is_not_measured_as_unknown(tmp_path, write_rows):

@@ -129,7 +129,7 @@ def test_an_interrupted_build_goes_on_and_ends_alike(tmp_path, write_rows, monke
     def interrupted(*arguments):
         made.append(arguments[-1])
         if len(made) == 3:
-            (tmp_path / "parts" / "samples-train.array_record-00002-of-00005.partial-0a").write_bytes(b"half")
+            (tmp_path / "parts" / f"samples-train.array_record-00002-of-00005.partial-{'0a' * 16}").write_bytes(b"half")
             raise KeyboardInterrupt
         return write_shard(*arguments)
 
@@ -233,6 +233,8 @@ class Pets(tfds.core.GeneratorBasedBuilder):
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(),
+                    "file": tfds.features.Tensor(shape=(), dtype=np.object_),
+                    "size": tfds.features.Scalar(dtype=np.int64),
                     "label": tfds.features.ClassLabel(names=["tabby_cat", "dog"]),
                     "labels": tfds.features.Sequence(tfds.features.ClassLabel(names=["tabby_cat", "dog"])),
                     "captions": tfds.features.Sequence({"text": tfds.features.Text()}),
@@ -249,7 +251,9 @@ class Pets(tfds.core.GeneratorBasedBuilder):
             file = io.BytesIO()
             Image.new("RGB", (10, 8), (i, i, i)).save(file, "PNG")
             label = i % 2 if i < 4 else -1
-            yield i, {"image": file.getvalue(), "label": label, "labels": [label, 0], "captions": texts}
+            data = file.getvalue()
+            images = {"image": data, "file": data, "size": len(data)}
+            yield i, images | {"label": label, "labels": [label, 0], "captions": texts}
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +277,7 @@ def test_datasets_of_other_forms_by_name_and_directory(foreign, encoded):
             assert refused.cause is Cause.EMPTY_TEXT and "'captions/text' is an empty list" in refused.detail
     assert found == {encoded(i): f"caption {i}.0" for i in range(1, 5)}
     assert source.fingerprint().items() >= {"rows": 5, "name": "pets/1.2.0", "task": "caption"}.items()
-    fields = {"target": "image", "question": "labels", "answer": "label"}
+    fields = {"target": "file", "question": "labels", "answer": "label"}
     labelled = TfdsSource(foreign / "pets" / "1.2.0", "answer", fields=fields)
     answers = {}
     for i in range(5):
@@ -293,8 +297,8 @@ def test_datasets_of_other_forms_by_name_and_directory(foreign, encoded):
         ({"path": "mnist"}, CorpusError, "mnist: expected a prepared dataset, found none in .*data_dir.*_prepare"),
         ({"split": "test"}, CorpusError, r"pets\[test\]: Unknown split 'test'.* \['train'\]"),
         ({"split": "train[:0]"}, CorpusError, r"pets\[train\[:0\]\]: "),
-        ({"fields": {}}, CorpusError, "no feature 'target'; the dataset has captions, image, label"),
-        ({"fields": {"target": "picture"}}, CorpusError, "no feature 'picture'; the dataset has captions, image"),
+        ({"fields": {}}, CorpusError, "no feature 'target'; the dataset has captions, file, image, label"),
+        ({"fields": {"target": "picture"}}, CorpusError, "no feature 'picture'; the dataset has captions, file, image"),
         ({"fields": {"target": "image", "caption": "captions/words"}}, CorpusError, "no feature 'captions/words'"),
         ({"fields": {"picture": "image"}}, ValueError, "no field 'picture'; the fields are task, target"),
         ({"fields": {"target": "image"}, "task": None}, CorpusError, "no feature 'task'"),
@@ -305,6 +309,22 @@ def test_datasets_that_can_not_be_read_say_why(foreign, arguments, error, words,
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=words):
         TfdsSource(**{"path": "pets", "task": "caption", "data_dir": foreign} | arguments)
+
+
+@pytest.mark.parametrize(
+    ("field", "feature", "words"),
+    [
+        ("target", "label", "kind ClassLabel; expected an Image, or a Tensor of bytes"),
+        ("target", "size", "kind Scalar; expected an Image"),
+        ("target", "captions", "kind FeaturesDict; expected an Image"),
+        ("references", "labels", "kind ClassLabel; expected an Image"),
+        ("caption", "size", "kind Scalar; expected a Text or ClassLabel"),
+        ("caption", "image", "kind Image; expected a Text or ClassLabel"),
+    ],
+)
+def test_features_that_can_not_stand_for_a_field_are_refused(foreign, field, feature, words):
+    with pytest.raises(CorpusError, match=rf"pets\[train\]: '{field}' is to be the feature '{feature}' of {words}"):
+        TfdsSource("pets", "caption", fields={"target": "image"} | {field: feature}, data_dir=foreign)
 
 
 def test_damaged_records_and_strange_tasks_are_refused(tmp_path, write_rows):
@@ -340,6 +360,33 @@ def test_a_damaged_record_is_refused_and_a_failed_read_is_an_error(tmp_path, wri
         source[4]
     (tmp_path / "away").rename(second)  # it was transient
     assert TfdsSource(tmp_path / "made")[4].caption == "4"
+
+
+@pytest.mark.parametrize("length", [0, 100, 1 << 16, (1 << 16) + 100])
+def test_a_shard_that_can_not_be_read_at_all_is_an_error(tmp_path, write_rows, length):
+    build(JsonlSource(write_rows(6)), tmp_path / "made", rows_per_shard=3)
+    first, _ = sorted((tmp_path / "made").glob("*.array_record*"))
+    first.write_bytes(first.read_bytes()[:length])
+    source = TfdsSource(tmp_path / "made")
+    with pytest.raises(
+        CorpusError, match=r"made\[train\], example 1: .*00000-of-00002 can't be read: .*build it again"
+    ):
+        source[1]
+    assert source[3].caption == "3"
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+def test_a_dataset_whose_description_is_damaged_says_so(tmp_path, write_rows, name):
+    build(JsonlSource(write_rows(3)), tmp_path / "made")
+    file = tmp_path / "made" / name
+    text = file.read_text()
+    for damaged in (text[: len(text) // 2], "{}", None):
+        if damaged is None:
+            (tmp_path / "made" / "features.json").unlink()
+        else:
+            file.write_text(damaged)
+        with pytest.raises(CorpusError, match="made: TFDS can't load it .* copy or build it again"):
+            TfdsSource(tmp_path / "made")
 
 
 def test_conversations_become_samples_of_their_own(tmp_path, encoded):

@@ -33,10 +33,10 @@ def chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png(width, height, depth, colour_type, raw=b""):
-    """A PNG written by hand, unfiltered rows of big-endian samples."""
-    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+def png(width, height, depth, colour_type, raw=b"", before=b""):
+    """A PNG written by hand, unfiltered rows of big-endian samples; `before` are chunks before these."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + before + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
 
 
 def decoded(data):
@@ -163,6 +163,8 @@ def test_transparency_is_laid_over_white(photo):
     np.testing.assert_array_equal(decoded(encode(palette, transparency=0)), [[[255] * 3, [40, 50, 60]]])
     level = Image.fromarray(np.array([[7, 9]], np.uint8))
     np.testing.assert_array_equal(decoded(encode(level, transparency=7)), [[[255] * 3, [9] * 3]])
+    deep = png(3, 1, 16, 0, b"\0" + np.array([0, 128, 65535], ">u2").tobytes(), chunk(b"tRNS", bytes(2)))
+    np.testing.assert_array_equal(decoded(deep), [[[255] * 3, [0] * 3, [255] * 3]])
 
 
 def test_sixteen_bit_samples_are_scaled_not_clipped():

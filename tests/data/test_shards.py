@@ -12,7 +12,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from unialign_jax.data import shards
 from unialign_jax.data.report import CorpusError
-from unialign_jax.data.shards import DamagedShard, Shards
+from unialign_jax.data.shards import DamagedRecord, DamagedShard, Shards
 
 COUNT = 50
 
@@ -77,11 +77,15 @@ def test_damage_is_told_from_what_may_pass(files, tmp_path):
     (tmp_path / "1").write_bytes(bytes(len(whole)))
     (tmp_path / "2").write_bytes(b"")
     (tmp_path / "3").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "4").write_bytes((tmp_path / "4").read_bytes().replace(b"\1\x019", b"\1\1?"))
     records = Shards(files)
     with pytest.raises(CorpusError, match="/0 can't be read: .*No such file") as caught:
         records[1]
     assert not isinstance(caught.value, DamagedShard)
     for k in (2, 3, 4, 7):
-        with pytest.raises(DamagedShard, match=f"/{k // 2} can't be read: "):
+        with pytest.raises(DamagedShard, match=f"/{k // 2} can't be read: ") as caught:
             records[k]
+        assert not isinstance(caught.value, DamagedRecord)
+    with pytest.raises(DamagedRecord, match="/4 can't be read: "):
+        records[9]
     assert records[8] == b"8"

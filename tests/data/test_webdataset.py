@@ -98,6 +98,17 @@ def test_unusable_samples_are_refused_by_cause(tmp_path, members, cause, words):
     assert caught.value.cause is cause and words in caught.value.detail
 
 
+def test_samples_of_one_name_side_by_side_are_refused(tmp_path, encoded):
+    """One would be lost in the other."""
+    write(tmp_path / "a.tar", [("0.png", encoded(0)), ("0.txt", b"a"), ("0.PNG", encoded(1)), ("0.txt", b"b")])
+    with pytest.raises(
+        CorpusError, match=r"a.tar: expected one file 0.png .*'0.PNG': .* bytes \d+ and \d+.*rename one"
+    ):
+        TarSource(tmp_path)
+    write(tmp_path / "a.tar", [("a/0.png", encoded(0)), ("a/0.txt", b"a"), ("b/0.png", encoded(1)), ("b/0.txt", b"b")])
+    assert [sample.caption for sample in TarSource(tmp_path)] == ["a", "b"]
+
+
 def test_names_that_are_not_utf_8_can_be_told_of(tmp_path, encoded):
     write(tmp_path / "a.tar", [("caf\udce9.png", encoded(0)), ("caf\udce9.\udce8", b"x")])
     source = TarSource(tmp_path / "a.tar")

@@ -27,6 +27,7 @@ from unialign_jax.data.sources import FORMATS, Source, SourceConfig, open_source
 
 _THREADS = 16
 _CHUNK = 256
+_NOT_THERE = (-1, -1)  # instead of the size of an image that is missing
 
 
 def bucket_sizes(height: int, width: int, multiple: int, max_aspect: float) -> tuple[tuple[int, int], ...]:
@@ -108,7 +109,8 @@ def agreed_sizes(source: Source) -> np.ndarray:
 def target_sizes(source: Source, *, keep: bool = True) -> np.ndarray:
     """Height and width of every row's target, int32 `[rows, 2]`; 0 where the row can't be used.
 
-    They are read from the images' headers once, and kept in `source.sizes_path`.
+    They are read from the images' headers once, and kept in `source.sizes_path`; images that were missing then are
+    looked for anew.
 
     Args:
       source: whose.
@@ -118,34 +120,44 @@ def target_sizes(source: Source, *, keep: bool = True) -> np.ndarray:
       CorpusError: an image is there and can't be read. Later it may be, and would then belong into another bucket.
     """
     path = epath.Path(source.sizes_path)
+    sizes = np.full((len(source), 2), _NOT_THERE, np.int32)
     if path.exists():
         try:
             with np.load(io.BytesIO(path.read_bytes())) as kept:
                 if json.loads(str(kept["fingerprint"])) == source.targets_fingerprint():
-                    return kept["sizes"]
-            logging.warning("%s was made of another state of %s: the images are measured anew", path, source.path)
+                    sizes = kept["sizes"]
+                else:
+                    logging.warning(
+                        "%s was made of another state of %s: the images are measured anew", path, source.path
+                    )
         except (EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             logging.warning("%s is damaged (%s): the images of %s are measured anew", path, error, source.path)
-    chunks = [range(start, min(start + _CHUNK, len(source))) for start in range(0, len(source), _CHUNK)]
-    sizes = np.zeros((len(source), 2), np.int32)
+    unknown = np.flatnonzero(sizes[:, 0] < 0)
+    chunks = [unknown[start : start + _CHUNK] for start in range(0, len(unknown), _CHUNK)]
 
-    def measure(rows: range) -> list[tuple[int, int]]:
-        return [_measure(source, row) for row in rows]
+    def measure(rows: np.ndarray) -> list[tuple[int, int]]:
+        return [_measure(source, int(row)) for row in rows]
 
     with (
         concurrent.futures.ThreadPoolExecutor(_THREADS) as pool,
-        tqdm.tqdm(total=len(source), desc=f"measuring the images of {source.path}", unit="image") as bar,
+        tqdm.tqdm(total=len(unknown), desc=f"measuring the images of {source.path}", unit="image") as bar,
     ):
         for rows, part in zip(chunks, pool.map(measure, chunks), strict=True):
-            sizes[rows.start : rows.stop] = part
+            sizes[rows] = part
             bar.update(len(rows))
-    if not keep:
-        return sizes
-    try:
-        save_sizes(path, source.targets_fingerprint(), sizes)
-    except OSError as error:
-        logging.warning("%s can't be written (%s): the images will be measured again next time", path, error)
-    return sizes
+    missing = int((sizes[:, 0] < 0).sum())
+    if keep and missing:
+        logging.warning(
+            "%d of the %d rows of %s are of unknown size, since their images are missing: they are looked for again at "
+            "the next start",
+            *(missing, len(sizes), source.path),
+        )
+    if keep and missing < len(unknown):
+        try:
+            save_sizes(path, source.targets_fingerprint(), sizes)
+        except OSError as error:
+            logging.warning("%s can't be written (%s): the images will be measured again next time", path, error)
+    return np.maximum(sizes, 0)
 
 
 def save_sizes(path: epath.Path, fingerprint: dict, sizes: np.ndarray) -> None:
@@ -157,7 +169,11 @@ def save_sizes(path: epath.Path, fingerprint: dict, sizes: np.ndarray) -> None:
 
 def _measure(source: Source, row: int) -> tuple[int, int]:
     try:
-        return images.upright_size(source[row].target)
+        target = source[row].target
+    except Refused:  # for what the fingerprint is of: it lasts as long as the sizes do
+        return 0, 0  # counted and named when the row is read
+    try:
+        return images.upright_size(target)
     except Refused as refused:
         if refused.cause == Cause.UNREADABLE_IMAGE:
             raise CorpusError(
@@ -165,7 +181,7 @@ def _measure(source: Source, row: int) -> tuple[int, int]:
                 "and its size decides where it stands in the order: see to the file, or take the row out, and start "
                 "again"
             ) from refused
-        return 0, 0  # counted and named when the row is read
+        return _NOT_THERE if refused.cause == Cause.MISSING_IMAGE else (0, 0)
 
 
 def main() -> None:

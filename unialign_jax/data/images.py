@@ -273,6 +273,8 @@ def _deep_to_rgb(image: Image.Image) -> Image.Image:
         detail = f"mode {image.mode!r} with samples from {samples.min()} to {samples.max()}, expected 0 to 65535"
         raise Refused(Cause.UNSUPPORTED_PIXELS, f"{detail}; save it with 8 or 16 bits per sample")
     grey = (samples.astype(np.uint32) * 255 + 32767) // 65535
+    if (transparent := image.info.get("transparency")) is not None:  # one grey level of a PNG
+        grey[samples == transparent] = 255
     return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
 
 

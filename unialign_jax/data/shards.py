@@ -14,11 +14,17 @@ from unialign_jax.data.report import CorpusError
 
 # How the reader says that it has read, but not what was written; of anything else the files need not be at fault.
 _DAMAGE = ("Corrupted Riegeli/records file", "Invalid Riegeli/records file", "ArrayRecord file should be")
+# Of these, how it says so of a file that it can't even open, none of whose records it can find.
+_DAMAGE_OF_ALL = ("ArrayRecord file should be", "Failed to read Riegeli")
 _TOO_MANY_OPEN = os.strerror(errno.EMFILE)
 
 
 class DamagedShard(CorpusError):
-    """The content of a file, where a record is or for all of it, is not what was written."""
+    """The content of a file is not what was written; none of its records can be read."""
+
+
+class DamagedRecord(DamagedShard):
+    """The content of a file is not what was written where a record is; others may be read."""
 
 
 class Shards:
@@ -44,6 +50,7 @@ class Shards:
 
         Raises:
           DamagedShard: naming the file.
+          DamagedRecord: likewise, where only the record is damaged.
           CorpusError: the file can't be read, which may pass: it is not there, a network or a limit is in the way. The
             reader does not open it again; a new `Shards` would.
         """
@@ -54,7 +61,8 @@ class Shards:
         except (RuntimeError, ValueError, IndexError) as error:
             what = f"{self._name(index)} can't be read: {error}"
             if any(words in str(error) for words in _DAMAGE):
-                raise DamagedShard(what) from error
+                whole = any(words in str(error) for words in _DAMAGE_OF_ALL)
+                raise (DamagedShard if whole else DamagedRecord)(what) from error
             if _TOO_MANY_OPEN in str(error):
                 limit, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
                 what += (

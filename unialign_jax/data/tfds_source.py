@@ -14,7 +14,7 @@ from tensorflow_datasets.core import example_parser
 
 from unialign_jax.data.report import CorpusError
 from unialign_jax.data.samples import TASKS, Cause, Refused, Sample
-from unialign_jax.data.shards import DamagedShard, Shards
+from unialign_jax.data.shards import DamagedRecord, DamagedShard, Shards
 
 # What `build` writes; of another dataset, fields name the features that stand for these.
 FEATURES = ("task", "target", "references", "caption", "instruction", "question", "answer")
@@ -35,7 +35,8 @@ class TfdsSource:
       data_dir: where datasets given by name are kept; None: where TFDS keeps them.
 
     Raises:
-      CorpusError: no such dataset or split, not in ArrayRecord files, no examples, or a feature is missing.
+      CorpusError: no such dataset or split, one that TFDS can't load, not in ArrayRecord files, no examples, or a
+        feature is missing or can't stand for its field.
       ValueError: no such task or field.
     """
 
@@ -76,9 +77,10 @@ class TfdsSource:
         self._parser = example_parser.ExampleParserNp(info.features.get_serialized_info())
         self._fields = dict(fields) if fields else {name: name for name in FEATURES if name in info.features}
         self._labels = {}
-        for name in self._fields.values():
+        for field, name in self._fields.items():
             feature = _feature(info.features, name, self.path)
-            feature = getattr(feature, "feature", feature)  # of several labels the first is taken
+            feature = getattr(feature, "feature", feature)  # of several texts or labels the first is taken
+            _check_kind(feature, field, name, self.path)
             if isinstance(feature, tfds.features.ClassLabel):
                 self._labels[name] = list(feature.names)
         needed = {"target"} if task else {"target", "task"}
@@ -96,12 +98,16 @@ class TfdsSource:
 
         Raises:
           Refused: it can't be used; its record may be damaged.
-          CorpusError: it can't be read, which says nothing of the example.
+          CorpusError: it can't be read, which says nothing of the example; its shard may be damaged as a whole.
         """
         try:
             record = self._records[index]
-        except DamagedShard as error:
+        except DamagedRecord as error:
             raise Refused(Cause.UNREADABLE_RECORD, str(error)) from error
+        except DamagedShard as error:
+            raise CorpusError(
+                f"{self.path}, {self.place(index)}: {error}. No record of this file can be: copy or build it again"
+            ) from error
         except CorpusError as error:
             raise CorpusError(f"{self.path}, {self.place(index)}: {error}") from error
         try:
@@ -155,7 +161,13 @@ class TfdsSource:
 def _builder(path: epath.PathLike, data_dir: epath.PathLike | None):
     directory = epath.Path(path)
     if (directory / "dataset_info.json").exists():
-        return tfds.builder_from_directory(directory)
+        try:
+            return tfds.builder_from_directory(directory)
+        except Exception as error:  # what its files hold makes TFDS raise nearly anything
+            raise CorpusError(
+                f"{path}: TFDS can't load it ({type(error).__name__}: {error}); if its dataset_info.json or "
+                "features.json is damaged, copy or build it again"
+            ) from error
     if directory.exists() or directory.is_absolute():  # no name is
         raise CorpusError(f"{path}: expected the directory of a TFDS dataset, found no dataset_info.json in it")
     try:
@@ -184,3 +196,16 @@ def _feature(features: Any, name: str, path: str) -> Any:
             raise CorpusError(f"{path}: no feature {name!r}; the dataset has {', '.join(sorted(features))}")
         features = features[part]
     return features
+
+
+def _check_kind(feature: Any, field: str, name: str, path: str) -> None:
+    """Refuses a feature whose examples can't hold what the field is of."""
+    kind, expected = tfds.features.ClassLabel, "a Text or ClassLabel"
+    if field in _IMAGES:
+        kind, expected = tfds.features.Image, "an Image, or a Tensor of bytes that are an image file's"
+    holds_bytes = isinstance(feature, tfds.features.Tensor) and np.dtype(feature.np_dtype) == object
+    if not (holds_bytes or isinstance(feature, kind)):
+        raise CorpusError(
+            f"{path}: {field!r} is to be the feature {name!r} of kind {type(feature).__name__}; expected {expected}, "
+            "or a Sequence of them. Name another with fields"
+        )

@@ -36,7 +36,8 @@ class TarSource:
       task: what every sample is for; None takes it from each row's keys; captions are for 'generate'.
 
     Raises:
-      CorpusError: no tars, or no samples in them, or a tar that can't be read.
+      CorpusError: no tars, or no samples in them, or a tar that can't be read, or two files of one name and suffix
+        side by side.
       ValueError: no such task.
     """
 
@@ -140,7 +141,13 @@ def _samples_of(tar: epath.Path) -> Iterator[tuple[str, _Members]]:
                     yield last, members
                     members = {}
                 last = key
-                members[suffix.lower()] = (member.offset_data, member.size)
+                if (kind := suffix.lower()) in members:
+                    raise CorpusError(
+                        f"{tar}: expected one file {key}.{kind} of a sample (case does not count), found a second, "
+                        f"{printable!r}: their contents begin at bytes {members[kind][0]} and {member.offset_data}. "
+                        "Samples need names of their own: rename one, and pack the tar anew"
+                    )
+                members[kind] = (member.offset_data, member.size)
             # A header that is damaged ends the reader's iteration as the end of the tar does.
             # A block of zeros ends it too, such as the one between tars that were written behind each other.
             file.seek(archive.offset)
