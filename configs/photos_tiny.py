@@ -8,7 +8,7 @@ import ml_collections
 from ml_collections import config_dict
 
 STAGES = ("photos",)
-VOCABULARY = 512  # what the captions of a hundred photographs yield
+VOCABULARY = 512  # what the captions of a hundred photographs yield; tokenizer.learn_vocab_size sets another everywhere
 TEXT_LENGTH = 64
 IMAGE = 48  # pixels
 WIDTH, HEADS = 128, 4
@@ -19,6 +19,7 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
     """The one stage: generation and captioning of the photographs in `data.sources.photos.path`."""
     if stage not in STAGES:
         raise ValueError(f"no stage {stage!r}; this config has {', '.join(STAGES)}")
+    vocabulary = config_dict.FieldReference(VOCABULARY)
     config = ml_collections.ConfigDict()
     config.stage = stage
     config.seed = 0
@@ -52,8 +53,8 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
             "caption_projection_dim": WIDTH,
             "joint_attention_dim": 128,
             "pos_embed_max_size": 24,
-            "vocab_size": VOCABULARY,
-            "mask_token_id": VOCABULARY - 1,
+            "vocab_size": vocabulary,
+            "mask_token_id": vocabulary - 1,
             "adapter_hidden": 128,
             "semantic_dim": TEACHER_WIDTH,
             "qk_norm": config_dict.placeholder(str),
@@ -61,7 +62,7 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
         # Photographs in [-1, 1] have a standard deviation of about 0.5: twice that is what the noise has.
         "pixel_codec": {"patch": 2, "scaling_factor": 2.0, "shift_factor": 0.0},
         "text_encoder": {
-            "vocab_size": VOCABULARY,
+            "vocab_size": vocabulary,
             "d_model": 128,
             "d_kv": 32,
             "d_ff": 256,
@@ -79,10 +80,10 @@ def get_config(stage: str = "photos") -> ml_collections.ConfigDict:
             "fullatt_block_indexes": (1,),
             "min_pixels": IMAGE * IMAGE,
             "max_pixels": IMAGE * IMAGE,
-            "vocab_size": VOCABULARY,
+            "vocab_size": vocabulary,
         },
     }
-    config.tokenizer = {"path": config_dict.placeholder(str), "learn_vocab_size": VOCABULARY, "more_texts": {}}
+    config.tokenizer = {"path": config_dict.placeholder(str), "learn_vocab_size": vocabulary, "more_texts": {}}
     config.teacher_tokenizer = config_dict.placeholder(str)
 
     config.data = {

@@ -19,7 +19,9 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, and afte
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Generation and chips of one slice, such as v5e:16x16.")
 _SLICES = flags.DEFINE_integer("slices", 1, "Slices that train together.", lower_bound=1)
 _PROGRAM = flags.DEFINE_enum("program", "train", ["train", "sample"], "Which program to compile.")
-_SOURCE = flags.DEFINE_string("source", None, "Name of the data source whose batches enter; the first by default.")
+_SOURCE = flags.DEFINE_string(
+    "source", None, "Name of the data source whose batches enter; by default that with the most reference images."
+)
 _JSON = flags.DEFINE_string("json", None, "File for the verdict.")
 _HLO = flags.DEFINE_string("hlo", None, "File for the compiled program's text, to see why the verdict is what it is.")
 _TABLE = flags.DEFINE_string("table", None, "Makes the table of docs/scaling.md in this file; needs no other option.")

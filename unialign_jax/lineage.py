@@ -14,6 +14,12 @@ PUBLISHED_PROTOCOL = "unialignment"
 _SHIPPED = epath.Path(__file__).parent / "checkpoints_shipped"
 
 
+class WrongStart(ValueError):
+    """What a run started from has become another checkpoint, or the place it was moved to holds another."""
+
+    final = True  # see `cli.run`
+
+
 def is_public(directory: epath.PathLike) -> bool:
     """Whether this looks like a public PyTorch pipeline directory."""
     return (storage.absolute(directory) / "transformer" / "config.json").exists()
@@ -115,14 +121,14 @@ def moved_start(meta: Mapping[str, Any], init: epath.PathLike) -> str:
 
     Raises:
       FileNotFoundError: see `locate`.
-      ValueError: what is there is not what the run started from.
+      WrongStart: what is there is not what the run started from.
     """
     place, identity = locate(init), meta.get("init_identity")
     if identity is not None:
         if not store.is_converted(place):
             place = place.parent / epath.Path(meta["init"]).name
         if not agreement.primary(place.exists) or identity_of(str(place)) != identity:
-            raise ValueError(
+            raise WrongStart(
                 f"init is {init}, but {place} is not the checkpoint that this run started from, {meta['init']}; what "
                 "is not trained rests on that"
             )
@@ -145,13 +151,13 @@ def check_start(meta: Mapping[str, Any], stage_directory: epath.Path) -> None:
     A start that is gone is missed where it is read.
 
     Raises:
-      ValueError: naming the stage and the step that it started from.
+      WrongStart: naming the stage and the step that it started from.
     """
     start, recorded = start_of(meta, stage_directory), meta.get("init_identity")
     # Asked by one: where hosts see different files, some would go on to what all must do together.
     if recorded is None or not agreement.primary(lambda: epath.Path(start).exists()) or identity_of(start) == recorded:
         return
-    raise ValueError(
+    raise WrongStart(
         f"{stage_directory} started from {start}, where another checkpoint is now: that was trained or converted anew "
         "since. Move this stage's directory away to train it anew too, or put the earlier one back"
     )

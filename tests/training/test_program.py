@@ -212,12 +212,15 @@ def test_batches_of_a_source():
         ("tensor=8", {}, "4 attention heads cannot be split over tensor=8"),
         ("fsdp", {"trained": ("transformer", "judge")}, "trained"),
         ("fsdp", {"attention": "flash"}, "attention"),
+        ("fsdp", {"remat": "some"}, "remat"),
+        ("fsdp", {"trained": ("teacher",), "cached": ("teacher",)}, "cached has teacher, but teacher/.* trained"),
         ("fsdp", {"objective.semantic_depth": 9}, "semantic_depth is 9, but the transformer has 5 blocks"),
     ],
 )
 def test_what_the_mesh_does_not_divide_is_refused_before_anything_runs(strategy, changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refused:
         make_program(strategy, **changes)
+    assert refused.value.final
 
 
 def test_a_network_that_is_not_there_cannot_be_trained():

@@ -125,6 +125,26 @@ def test_what_does_not_fit_is_refused_by_its_key(path, value, message):
         read(changed(path, value))
 
 
+def test_a_small_corpus_takes_one_flag():
+    """Its vocabulary is set in five places."""
+    run = read(load("photos_tiny", **{"tokenizer.learn_vocab_size": 167}))
+    networks = build_networks(run.model)
+    transformer = networks.transformer.config
+    assert (transformer.vocab_size, transformer.mask_token_id, run.tokenizer.learn_vocab_size) == (167, 166, 167)
+    assert networks.text_encoder.config.vocab_size == networks.teacher.vocab_size == 167
+
+
+def test_a_source_of_weight_0_is_left_out():
+    config = load("sd3_medium")
+    config.data.sources.edit.weight = 0.0
+    config.data.sources.generate.path = "g.jsonl"
+    run = read(config)
+    assert run.source_names == ("generate",) and [source.path for source in run.data.sources] == ["g.jsonl"]
+    config.data.sources.generate.weight = 0.0
+    with pytest.raises(ConfigError, match="sources is empty; expected at least one, of a weight above 0"):
+        read(config)
+
+
 def test_a_value_that_must_be_given_is_asked_for():
     with pytest.raises(ConfigError, match=r"--config\.data\.sources\.edit\.path="):
         read(load("sd3_medium"))

@@ -1,5 +1,6 @@
 """The sampler as a program on a mesh: what enters, what comes out, what it needs."""
 
+import dataclasses
 import pathlib
 import runpy
 
@@ -10,6 +11,7 @@ import pytest
 from unialign_jax import parallel
 from unialign_jax.data.sources import SourceConfig
 from unialign_jax.training import flops, scaling, verdict
+from unialign_jax.training.run_config import ConfigError
 from unialign_jax.training.sample_program import SampleProgram
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
@@ -33,6 +35,18 @@ def test_images_come_out_for_every_prompt(program, references):
     assert set(parts) == {"parameters", "frozen", "batch"} and "teacher" not in parts["frozen"]
     split = {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(parts["batch"])}
     assert split == {16}
+
+
+def test_what_the_samplers_would_not_do_is_not_judged(program):
+    """They refuse sizes that the networks can't take, and mask no references where all are there."""
+    run = dataclasses.replace(program.run, data=dataclasses.replace(program.run.data, height=49))
+    with pytest.raises(ConfigError, match="images of 49 x 48 pixels: both sides must be multiples of 2"):
+        SampleProgram(run, program.mesh)
+    given = [
+        set(program.parts(SourceConfig("rows.jsonl", task=task, references=count))["batch"][-1:]) != {None}
+        for task, count in (("edit", 1), ("compose", 2))
+    ]
+    assert given == [False, True]
 
 
 def test_guidance_and_steps_multiply_the_network(program):

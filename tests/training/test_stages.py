@@ -120,6 +120,10 @@ def test_a_stage_whose_start_was_trained_anew_is_not_gone_on_from(finished, corp
     shutil.rmtree(tmp_path / "run" / "pretrain")
     config = make_config(corpus)
     config.stages.pretrain.seed = 9
+    with pytest.raises(StageNotFinished, match="checkpoints of stage 'unify' and none of 'pretrain'.*put those back"):
+        stages.train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "pretrain").exists()
+    assert stages.train(config.stages.pretrain, tmp_path / "run")
     with pytest.raises(
         ValueError, match="unify started from .*/pretrain/checkpoints/2, where another checkpoint is now"
     ):
@@ -198,6 +202,22 @@ def test_a_stage_that_went_back_does_so_once(finished, corpus, tmp_path):
         assert len(aside) == 1
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data.sources.edit.path": "absent.jsonl"}, "absent.jsonl: expected a file of JSON rows, found no such file"),
+        ({"data.global_batch": 16}, "8 rows don't fill one batch; lower global_batch .16., or leave .* weight of 0"),
+        ({"data.global_batch": 3, "micro_batches": 2}, "global batch of 3 cannot be split .* 2 micro-batch"),
+    ],
+)
+def test_what_ends_the_last_stage_is_said_before_the_first(corpus, tmp_path, change, message):
+    config = make_config(corpus)
+    config.stages.personalize.update_from_flattened_dict(change)
+    with pytest.raises(ValueError, match=message):
+        stages.train(config, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_one_stage_alone_needs_the_one_before(finished, corpus, tmp_path):
     config = make_config(corpus, "unify")
     with pytest.raises(StageNotFinished, match=r"'unify' goes on from 'pretrain', but in .* no checkpoint of it"):
@@ -215,6 +235,13 @@ def test_one_stage_alone_needs_the_one_before(finished, corpus, tmp_path):
     elsewhere.steps = 1
     assert stages.train(elsewhere, tmp_path)
     assert_identical(saved(tmp_path, "unify", step=1), saved(finished, "unify", step=1))
+
+
+def test_an_interrupted_stage_needs_no_more_of_the_one_before_than_it_reads(finished, corpus, tmp_path):
+    shutil.copytree(finished / "unify", tmp_path / "unify")
+    shutil.rmtree(tmp_path / "unify" / "checkpoints" / "2")
+    assert stages.train(make_config(corpus, "unify"), tmp_path)
+    assert_identical(saved(tmp_path, "unify"), saved(finished, "unify"))
 
 
 def test_a_damaged_last_step_is_named_and_can_be_gone_back_from(finished, corpus, tmp_path):

@@ -166,6 +166,13 @@ def test_topologies_that_are_not_there(topology, message):
         verdict.judge(small(), topology)
 
 
+def test_by_default_the_source_with_the_largest_step_is_judged():
+    config = runpy.run_path(str(CONFIGS / "sd3_medium.py"))["get_config"]
+    runs = {stage: scaling.read_config(config(stage)) for stage in ("pretrain", "unify", "personalize")}
+    largest = {stage: verdict.largest_source(run) for stage, run in runs.items()}
+    assert largest == {"pretrain": "caption", "unify": "edit", "personalize": "compose"}
+
+
 def test_what_does_not_fit_is_refused_before_any_compile():
     with pytest.raises(ValueError, match="strategy 'fsdp=64' takes 64 devices, but there are 16"):
         verdict.judge(small(strategy="fsdp=64"), "v5e:4x4")

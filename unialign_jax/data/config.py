@@ -51,7 +51,7 @@ class DataConfig:
 
     def __post_init__(self):
         if not self.sources:
-            raise ValueError("sources is empty; expected at least one")
+            raise ValueError("sources is empty; expected at least one, of a weight above 0")
         positive = ("global_batch", "height", "width", "side_multiple", "text_length", "teacher_length", "threads")
         for name in (*positive, "prefetch"):
             if getattr(self, name) < 1:

@@ -58,7 +58,7 @@ class SourceConfig:
       task: what its rows are for; None takes it from each row (see the sources).
       references: how many reference images its batches have room for. Rows with fewer are padded and masked, rows with
         more are refused. Edit and perceive rows need 1, compose rows as many as they have at most.
-      weight: share of the batches, relative to the other sources' weights.
+      weight: share of the batches, relative to the other sources' weights. (A config leaves out what it gives 0.)
       image_pass, text_pass: what its samples train, see `objectives.Objective`: factors of the losses of the two
         passes; at 0 that pass does not run. Published: every sample feeds both.
       split: of a TFDS dataset.

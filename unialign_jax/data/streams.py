@@ -76,6 +76,15 @@ def in_chunks(slots: Sequence[int]) -> tuple[Sequence[int], ...]:
     return tuple(slots[start : start + CHUNK] for start in range(0, len(slots), CHUNK))
 
 
+def check_length(source: Source, config: DataConfig) -> None:
+    """Refuses a source with fewer rows than one batch, as `CorpusError`."""
+    if len(source) < config.global_batch:
+        raise CorpusError(
+            f"{source.path}: {len(source)} rows don't fill one batch; lower global_batch ({config.global_batch}), or "
+            "leave this source out with a weight of 0"
+        )
+
+
 def make_streams(
     config: DataConfig,
     sources: Sequence[Source],
@@ -97,11 +106,7 @@ def make_streams(
     """
     streams = []
     for which, (source, source_config) in enumerate(zip(sources, config.sources, strict=True)):
-        if len(source) < config.global_batch:
-            raise CorpusError(
-                f"{source.path}: {len(source)} rows don't fill one batch; lower global_batch "
-                f"({config.global_batch}) or leave this source out"
-            )
+        check_length(source, config)
         if len(config.sizes()) > 1:
             parts = divide(agreed_sizes(source), config.sizes(), least=config.global_batch)
         else:

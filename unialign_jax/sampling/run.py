@@ -101,6 +101,12 @@ class Result:
     shown: tuple[str, ...]
 
 
+class WrongJob(ValueError):
+    """A request that can't be served as it is."""
+
+    final = True  # see `cli.run`
+
+
 class NothingMade(ValueError):
     """Not one row of a run could be made."""
 
@@ -111,26 +117,25 @@ def sample(job: Job) -> Result:
     """Does what a job says, or what is left of it. All processes call it with the same job.
 
     Raises:
-      ValueError: a request that can't be served, `output` holds another run, or not one of the rows could be made.
+      WrongJob: a request that can't be served, or `output` holds another run.
+      NothingMade: not one of the rows could be made.
       FileNotFoundError: no such checkpoint or prompts.
     """
-    rows = agreement.everywhere(lambda: _check(job), ValueError, FileNotFoundError)
+    rows = agreement.everywhere(lambda: _check(job), WrongJob, FileNotFoundError)
     requests = agreement.gather([rows.count, rows.digest])
     if differing := [i for i, request in enumerate(requests) if request != requests[0]]:
-        raise ValueError(f"{job.prompts} in process {differing[0]} is not what it is in process 0; expected one file")
+        raise WrongJob(f"{job.prompts} in process {differing[0]} is not what it is in process 0; expected one file")
     mesh = parallel.make_mesh(job.strategy)
     batch = _batch_size(job, mesh, rows.count)
     unit = batch if job.format == "png" and job.task not in TEXT_TASKS else -(-job.shard_rows // batch) * batch
     directory = storage.absolute(job.output)
     newest = lineage.pinned(job.checkpoint)
     identity = _identity(newest)
-    weights, recorded = agreement.primary(
-        lambda: _claim(job, directory, rows, batch, unit, newest, identity), ValueError
-    )
+    weights, recorded = agreement.primary(lambda: _claim(job, directory, rows, batch, unit, newest, identity), WrongJob)
     if weights != newest:
         identity = _identity(weights)
     if None not in (identity, recorded) and identity != recorded:
-        raise ValueError(
+        raise WrongJob(
             f"{directory} was begun with {weights}, where other weights are now, trained or converted anew since: "
             "choose another directory"
         )
@@ -194,6 +199,13 @@ def sample(job: Job) -> Result:
 
 def _check(job: Job) -> Rows:
     """The job's rows; refuses what can be known to be wrong before a model is read."""
+    try:
+        return _rows(job)
+    except ValueError as error:
+        raise WrongJob(str(error)) from error
+
+
+def _rows(job: Job) -> Rows:
     if job.task not in TASKS:
         raise ValueError(f"task {job.task!r} is unknown; choose one of {', '.join(TASKS)}")
     if job.format not in FORMATS:
@@ -286,11 +298,9 @@ def _claim(
     # A run that failed before it made anything leaves its settings, which bind nobody.
     binding = any(map(is_result, directory.glob("*")))  # not `iterdir`: nothing is in a bucket that is not a file
     if binding and not found:
-        raise ValueError(
-            f"{directory} holds results, and no {SETTINGS_FILE} that says of what; choose another directory"
-        )
+        raise WrongJob(f"{directory} holds results, and no {SETTINGS_FILE} that says of what; choose another directory")
     if binding and changed:
-        raise ValueError(
+        raise WrongJob(
             f"{directory} holds another sampling run ({'; '.join(changed)}); go on with its settings, or choose "
             "another directory"
         )
@@ -300,7 +310,7 @@ def _claim(
         write_whole(file, json.dumps(found, indent=2).encode() + b"\n")
     weights = found.get("weights", newest)
     if weights != newest and not epath.Path(weights).exists():
-        raise ValueError(
+        raise WrongJob(
             f"{directory} was begun with {weights}, which training has removed since: choose another directory, and "
             "keep what is sampled from (checkpoint.keep_period)"
         )
@@ -309,7 +319,7 @@ def _claim(
 
 def _check_seen(directory: epath.Path) -> None:
     if not (directory / SETTINGS_FILE).exists():
-        raise ValueError(f"output {directory} is not there on every host; expected a directory that all of them share")
+        raise WrongJob(f"output {directory} is not there on every host; expected a directory that all of them share")
 
 
 def _pack(flags: list[bool]) -> str:

@@ -22,13 +22,27 @@ from unialign_jax import parallel
 from unialign_jax.batch import Batch
 from unialign_jax.data.sources import SourceConfig
 from unialign_jax.models.unialign import check_latent_size
-from unialign_jax.networks import build_networks
+from unialign_jax.networks import Networks, build_networks
 from unialign_jax.state import TrainState, create_state, make_optimizer
 from unialign_jax.training import flops
 from unialign_jax.training.run_config import CACHED, ConfigError, RunConfig
 from unialign_jax.training.step import make_train_step
 
 _LOG = logging.getLogger(__name__)
+
+
+def check_size(networks: Networks, height: int, width: int) -> None:
+    """Refuses pixel sizes that the networks of a config can't take, as `ValueError`."""
+    factor = networks.codec.downsample
+    try:
+        if height % factor or width % factor:
+            raise ValueError(f"both sides must be multiples of {factor}, the autoencoder's factor")
+        check_latent_size(networks.transformer.config, *networks.latent_shape(height, width)[:2])
+    except ValueError as error:
+        raise ValueError(
+            f"data: images of {height} x {width} pixels: {error}. Change height and width, or of the buckets "
+            "side_multiple and max_aspect"
+        ) from None
 
 
 class Program:
@@ -50,7 +64,8 @@ class Program:
       state, frozen, key: the step's arguments, as such trees. `frozen` holds those of `params` that are not trained.
 
     Raises:
-      ConfigError: networks that can't be built, or image sizes that they can't take.
+      ConfigError: networks that can't be built, image sizes that they can't take, or patterns of what is trained that
+        match nothing, or what is cached.
       ValueError: a batch, heads or parameters that the mesh does not divide. Nothing has been compiled or allocated by
         then.
     """
@@ -62,7 +77,9 @@ class Program:
                 run.model, dtype=run.dtype, remat=run.remat, attention=run.attention, unroll=run.unroll
             )
             for size in run.data.sizes():
-                self._check_size(*size)
+                check_size(self.networks, *size)
+            boxed = self.networks.abstract()
+            run.tuning.check(nn.unbox(boxed))
         except ValueError as error:
             raise ConfigError(str(error)) from error
         layers = self.networks.transformer.config.num_layers
@@ -78,13 +95,11 @@ class Program:
                 "take fewer micro_batches or a larger data.global_batch"
             )
         parallel.check_heads(mesh, self.networks.transformer.config.num_attention_heads)
-        boxed = self.networks.abstract()
         params = jax.tree.map(parallel.placed, nn.unbox(boxed), parallel.param_shardings(boxed, mesh))
-        run.tuning.check(params)
         for part in run.cached:
             changed = run.tuning.trained_of({CACHED[part]: params[CACHED[part]]})
             if names := list(flax.traverse_util.flatten_dict(changed, sep="/")):
-                raise ValueError(f"cached has {part}, but {names[0]} is trained: the cache would be out of date")
+                raise ConfigError(f"cached has {part}, but {names[0]} is trained: the cache would be out of date")
         params = run.tuning.cast_frozen_kernels(params, jnp.dtype(run.dtype))
         # The text encoder is always read: it encodes the masked captions.
         unread = {CACHED[part] for part in run.cached if part != "instructions"}
@@ -245,18 +260,6 @@ class Program:
             "image_pass": source.image_pass > 0,
             "text_pass": source.text_pass > 0,
         }
-
-    def _check_size(self, height: int, width: int) -> None:
-        factor = self.networks.codec.downsample
-        try:
-            if height % factor or width % factor:
-                raise ValueError(f"both sides must be multiples of {factor}, the autoencoder's factor")
-            check_latent_size(self.networks.transformer.config, *self.networks.latent_shape(height, width)[:2])
-        except ValueError as error:
-            raise ValueError(
-                f"data: images of {height} x {width} pixels: {error}. Change height and width, or of the buckets "
-                "side_multiple and max_aspect"
-            ) from None
 
     def _abstract_state(self, params: Any) -> TrainState:
         state = jax.eval_shape(lambda params: create_state(params, self.run.optimizer), params)

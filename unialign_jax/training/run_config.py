@@ -55,7 +55,8 @@ class LogConfig:
     """How often the run speaks, in steps.
 
     Attributes:
-      every: a line on the console and a point in TensorBoard.
+      every: a line on the console and a point in TensorBoard: means of the steps whose values have arrived since the
+        last, up to two steps behind; at a save, of all.
       samples_every: a grid of sampled images and captions; 0 samples nothing.
       sample_count: how many training samples the grid is made for.
       sample_steps: network evaluations per image and per caption.
@@ -110,9 +111,9 @@ class RunConfig:
       seed: of initialisation and of every draw of the losses.
       steps: updates in all.
       model: the networks, as `networks.build_networks` takes them.
-      data: what is trained on; its sources are named, and terms of the loss are reported by these names too. The
-        config's `data.root` is a directory that the paths of these sources and of `tokenizer.more_texts` are relative
-        to, except TFDS datasets and addresses (`gs://`).
+      data: what is trained on; its sources are named, and terms of the loss are reported by these names too. A source
+        of weight 0 is left out, whatever else its section says. The config's `data.root` is a directory that the paths
+        of these sources and of `tokenizer.more_texts` are relative to, except TFDS datasets and addresses (`gs://`).
       source_names: the names, in the order of `data.sources`.
       objective, optimizer: see their classes; the mask and end tokens follow from the tokenizer.
       tokenizer: of the text encoder.
@@ -234,6 +235,8 @@ def _sources(section: Any, root: str, name: str) -> dict[str, SourceConfig]:
         raise ConfigError(f"{name}: expected one section per source, by name")
     found = {}
     for key, source in section.items():
+        if isinstance(source, Mapping) and source.get("weight") == 0:
+            continue  # a command line can set what a config file has, and remove none of it
         if isinstance(source, Mapping) and source.get("format") != "tfds":
             path = source.get("path")
             if root and isinstance(path, str) and not storage.is_remote(path):

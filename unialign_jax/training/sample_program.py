@@ -11,7 +11,8 @@ from unialign_jax.data.sources import SourceConfig
 from unialign_jax.inference import programs
 from unialign_jax.networks import build_networks
 from unialign_jax.training import flops
-from unialign_jax.training.run_config import RunConfig
+from unialign_jax.training.program import check_size
+from unialign_jax.training.run_config import ConfigError, RunConfig
 
 
 class SampleProgram:
@@ -22,12 +23,17 @@ class SampleProgram:
       mesh: where; the parameters are split as in training, the batch by sample.
 
     Raises:
-      ValueError: networks that can't be built, or a batch or heads that the mesh does not divide.
+      ConfigError: networks that can't be built, or image sizes that they can't take.
+      ValueError: a batch or heads that the mesh does not divide.
     """
 
     def __init__(self, run: RunConfig, mesh: Mesh):
         self.run, self.mesh = run, mesh
-        self.networks = build_networks(run.model, dtype=run.dtype, attention=run.attention)
+        try:
+            self.networks = build_networks(run.model, dtype=run.dtype, attention=run.attention)
+            check_size(self.networks, run.data.height, run.data.width)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         parallel.check_batch(mesh, run.data.global_batch)
         parallel.check_heads(mesh, self.networks.transformer.config.num_attention_heads)
         self.params = pretrained.sampled(self.networks, mesh)
@@ -95,4 +101,6 @@ class SampleProgram:
             return seeds, ids, negative, None, None
         shape = (batch, source.references)
         references = jax.ShapeDtypeStruct((*shape, data.height, data.width, 3), jnp.uint8, sharding=split)
-        return seeds, ids, negative, references, jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=split)
+        # Where all are there, samplers pass no mask: attention without one is faster.
+        mask = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=split) if source.masks_references else None
+        return seeds, ids, negative, references, mask

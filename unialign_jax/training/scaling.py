@@ -114,7 +114,10 @@ def write(verdict: dict[str, Any], path: epath.PathLike) -> None:
 def summary(verdict: dict[str, Any]) -> str:
     """A verdict in a few lines."""
     where = f"{verdict['topology']}" + (f" x {verdict['slices']} slices" if verdict["slices"] > 1 else "")
-    head = f"{verdict['program']} on {where}, {verdict['strategy']}, {verdict['batch_per_chip']:g} samples per chip: "
+    head = (
+        f"{verdict['program']} of {verdict['stage']}/{verdict['source']} on {where}, {verdict['strategy']}, "
+        f"{verdict['batch_per_chip']:g} samples per chip: "
+    )
     if "hbm_gib" not in verdict:
         return head + f"does not fit: {verdict['compiler']}"
     memory = verdict["hbm_gib"]

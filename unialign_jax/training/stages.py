@@ -9,15 +9,18 @@ from collections.abc import Mapping
 import ml_collections
 from etils import epath
 
-from unialign_jax import agreement, distributed, lineage, storage
+from unialign_jax import agreement, distributed, lineage, parallel, storage
 from unialign_jax.checkpoints import Checkpoints
+from unialign_jax.data.sources import open_source
+from unialign_jax.data.streams import check_length
 from unialign_jax.saved_step import saved_steps
 from unialign_jax.training import loop, run_config, saved_config
+from unialign_jax.training.program import Program
 from unialign_jax.training.run_config import ConfigError, RunConfig
 
 
 class StageNotFinished(ValueError):
-    """The stage that another one starts from has not been trained, or not to its end."""
+    """The stage that another one starts from has not been trained, or not to its end, or is gone."""
 
     final = True  # see `cli.run`
 
@@ -59,19 +62,42 @@ def _train_all(
 ) -> bool:
     """`train` of a config with several stages. One watch for all: a signal between two must not be lost."""
     runs = {name: run_config.read(stage, f"stages.{name}") for name, stage in config.stages.items()}
-    reached = None
-    for name in in_order(runs):
+    order, reached = in_order(runs), None
+    for place, name in enumerate(order):
         stage, run = config.stages[name], runs[name]
         if _is_finished(stage, run, workdir):
             continue
         if reached is not None and preemption.reached():
             return False
+        if not _saved(storage.absolute(workdir) / name):
+            for later in order[place + 1 :]:
+                if _saved(storage.absolute(workdir) / later):
+                    raise StageNotFinished(
+                        f"{workdir} has checkpoints of stage {later!r} and none of {name!r}, which comes before; put "
+                        f"those back, or move {later} away to train both anew"
+                    )
+                if reached is None:
+                    check(runs[later])
         start = _start(run, workdir)
         # Its state is let go: the next stage reads what it needs, and has the memory.
         reached = loop.train(stage, workdir, start=start, profile_steps=profile_steps, preemption=preemption).step
         if int(reached) < run.steps:
             return False
     return True
+
+
+def check(run: RunConfig) -> None:
+    """Whether a stage could begin, but for where it starts from: its data is there, and the mesh takes its program.
+
+    What is the matter with a later stage is better said before the days of an earlier one. Whether it fits in memory
+    only the compiler can say.
+
+    Raises:
+      ValueError: see `loop.train`.
+    """
+    Program(run, parallel.make_mesh(run.strategy))
+    for source in run.data.sources:
+        check_length(open_source(source), run.data)
 
 
 def in_order(runs: Mapping[str, RunConfig]) -> list[str]:
@@ -97,8 +123,8 @@ def in_order(runs: Mapping[str, RunConfig]) -> list[str]:
 
 
 def _start(run: RunConfig, workdir: epath.PathLike) -> epath.Path | None:
-    """The stage directory that a stage goes on from; None where its config's `init` says, or there is none."""
-    if run.after is None or run.init is not None:
+    """The stage directory that a stage goes on from; None where its config's `init` says, or its own checkpoints do."""
+    if run.after is None or run.init is not None or _saved(storage.absolute(workdir) / run.stage):
         return None
     directory = storage.absolute(workdir) / run.after
     step, steps = _progress(directory)
@@ -119,7 +145,7 @@ def _is_finished(stage: ml_collections.ConfigDict, run: RunConfig, workdir: epat
       ValueError: it has, but the stage before was trained anew since.
     """
     directory = storage.absolute(workdir) / run.stage
-    step = max(agreement.primary(lambda: saved_steps(directory / "checkpoints")), default=0)
+    step = max(_saved(directory), default=0)
     if step < run.steps:
         return False
     with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
@@ -131,9 +157,14 @@ def _is_finished(stage: ml_collections.ConfigDict, run: RunConfig, workdir: epat
     return True
 
 
+def _saved(directory: epath.Path) -> list[int]:
+    """The steps of a stage that are saved, ascending, as process 0 sees them."""
+    return agreement.primary(lambda: saved_steps(directory / "checkpoints"))
+
+
 def _progress(directory: epath.Path) -> tuple[int | None, int]:
     """A stage's newest step, None if it has none, and the number of steps that it was to take."""
-    steps = agreement.primary(lambda: saved_steps(directory / "checkpoints"))
+    steps = _saved(directory)
     if not steps:
         return None, 0
     with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:

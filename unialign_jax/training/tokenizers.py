@@ -15,7 +15,7 @@ from unialign_jax.data.samples import Refused
 from unialign_jax.data.sources import Source, open_source
 from unialign_jax.data.tokenizer import PlainTokenizer, Tokenizer
 from unialign_jax.networks import Networks
-from unialign_jax.training.run_config import RunConfig
+from unialign_jax.training.run_config import ConfigError, RunConfig
 
 _THREADS = 32
 _CHUNK = 64  # rows that a thread reads at a time
@@ -32,14 +32,15 @@ def make(run: RunConfig, init: str | None) -> Tokenizer:
     Raises:
       FileNotFoundError: there is no tokenizer where there should be one.
       CorpusError: the texts to learn from can't be read.
-      ValueError: nothing says which; see also `Tokenizer.load` and `Tokenizer.learn`.
+      ConfigError: nothing says which, or the texts yield no vocabulary of that size.
+      ValueError: see `Tokenizer.load`.
     """
     if run.tokenizer.path is not None:
         return Tokenizer.load(storage.absolute(run.tokenizer.path))
     if init is not None:
         return Tokenizer.load(lineage.tokenizer_directory(epath.Path(init)))
     if run.tokenizer.learn_vocab_size is None:
-        raise ValueError(
+        raise ConfigError(
             f"{run.stage} starts from random parameters, which have no tokenizer: set init, tokenizer.path or "
             "tokenizer.learn_vocab_size"
         )
@@ -51,9 +52,10 @@ def make(run: RunConfig, init: str | None) -> Tokenizer:
     except CorpusError:  # about the texts, not about the size
         raise
     except ValueError as error:
-        raise ValueError(
+        raise ConfigError(
             f"tokenizer.learn_vocab_size: {error} (model.text_encoder.vocab_size, model.transformer.vocab_size, its "
-            "mask_token_id, one less, and model.teacher.vocab_size go with it)"
+            "mask_token_id, one less, and model.teacher.vocab_size go with it; in configs/photos_tiny.py they do so by "
+            "themselves)"
         ) from error
 
 

@@ -81,7 +81,8 @@ def judge(
       topology: one slice, such as "v5e:16x16".
       slices: how many of them train together.
       program: "train", the step, or "sample", the image sampler with `run.log`'s steps and guidance.
-      source: the name of the source whose batches enter; None: the first.
+      source: the name of the source whose batches enter; None: that with the most reference images, whose sequences
+        are the longest.
       hlo_file: where the compiled program's text goes; None: nowhere.
 
     Returns:
@@ -95,7 +96,9 @@ def judge(
         raise ValueError(f"no program {program!r}; there are {', '.join(PROGRAMS)}")
     if source is not None and source not in run.source_names:
         raise ValueError(f"no source {source!r} in the config; there are {', '.join(run.source_names)}")
-    bucket = run.data.sources[run.source_names.index(source) if source else 0]
+    by_name = dict(zip(run.source_names, run.data.sources, strict=True))
+    source = source or largest_source(run)
+    bucket = by_name[source]
     mesh = parallel.make_mesh(run.strategy, describe(topology, slices))
     built = (Program if program == "train" else SampleProgram)(run, mesh)
     where = Slices.of(_generation(topology), mesh.devices.flat)
@@ -106,7 +109,7 @@ def judge(
         "chips": chips,
         "program": program,
         "stage": run.stage,
-        "source": source or run.source_names[0],
+        "source": source,
         "image": [run.data.height, run.data.width],
         "strategy": run.strategy,
         "mesh": dict(mesh.shape),
@@ -146,6 +149,12 @@ def judge(
         }
         | _speed(built, bucket, times, where, chips)
     )
+
+
+def largest_source(run: RunConfig) -> str:
+    """The name of the first source with the most reference images."""
+    references = {name: source.references for name, source in zip(run.source_names, run.data.sources, strict=True)}
+    return max(references, key=references.get)
 
 
 def out_of_memory(message: str) -> str:
