@@ -1,7 +1,7 @@
 """Makes caches of what a stage's frozen networks compute of its data, so that training need not. Interrupted, goes on.
 
     python launch/precompute.py --config=configs/sd3_medium.py:unify --target=DIR \\
-        --config.cached='("latents", "instructions", "teacher")' [--config.key=value ...]
+        --config.init=converted --config.cached='("latents", "instructions", "teacher")' [--config.key=value ...]
 
 It is then trained on with the same config and --config.cache_directory=DIR. What is cached, what it takes and what it
 depends on: docs/data.md. A stage that goes on from another needs --config.init here: its frozen networks are there.
