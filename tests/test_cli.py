@@ -1,18 +1,21 @@
 """Commands refuse what is wrong with one line on standard error and an exit code, before anything heavy is loaded."""
 
+import http.server
+import json
 import os
 import pathlib
 import subprocess
 import sys
 import textwrap
+import threading
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def run(*arguments, program=ROOT / "launch" / "train.py", cwd=ROOT):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+def run(*arguments, program=ROOT / "launch" / "train.py", cwd=ROOT, **variables):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **variables}
     return subprocess.run(
         [sys.executable, str(program), *arguments], capture_output=True, text=True, cwd=cwd, env=environment
     )
@@ -104,3 +107,49 @@ def test_defects_keep_their_traceback_and_expected_errors_do_not(program):
     assert "Traceback" in other.stderr
     assert run(program=program("print('fine')")).returncode == 0
     assert "Traceback" in run(program=program("raise KeyError('x')")).stderr
+
+
+@pytest.fixture
+def refusing_store():
+    """`refusing_store(code)`: environment in which a store answers every request with that code."""
+    servers = []
+
+    def start(code: int) -> dict[str, str]:
+        class Refuse(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(code)
+                self.end_headers()
+                self.wfile.write(json.dumps({"error": {"code": code, "message": "no access to bucket"}}).encode())
+
+            def log_message(self, *_):
+                pass
+
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuse))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{servers[-1].server_port}"
+        return {"STORAGE_EMULATOR_HOST": address, "FSSPEC_GCS_TOKEN": "anon"}
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("code", "parts"),
+    [
+        (401, ("HttpError: no access to bucket, 401", "gcloud auth application-default login")),
+        (403, ("Forbidden", "no access to bucket", "gcloud auth application-default login")),
+        (409, ("HttpError: no access to bucket, 409",)),
+    ],
+)
+@pytest.mark.parametrize("do", ["exists()", "read_text()"])
+def test_what_a_store_refuses(program, refusing_store, code, parts, do):
+    asking = program(f"from unialign_jax import storage\nstorage.absolute('gs://bucket/a').{do}")
+    assert_refused(run(program=asking, **refusing_store(code)), *parts)
+
+
+def test_a_store_that_cannot_be_logged_in_to(program):
+    failing = program("import google.auth.exceptions as auth\nraise auth.RefreshError('expired')")
+    assert_refused(run(program=failing), "RefreshError: expired; log in with: gcloud auth application-default login")
+    assert "Traceback" in run("--traceback", program=failing).stderr

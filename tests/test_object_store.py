@@ -25,6 +25,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from unialign_jax import exports, pretrained, sampling, storage
 from unialign_jax.checkpoints import Checkpoints
+from unialign_jax.convert import workspace
 from unialign_jax.data import images, scenes
 from unialign_jax.data.build import build
 from unialign_jax.data.jsonl import ConversationSource, JsonlSource
@@ -93,6 +94,20 @@ def test_a_file_that_is_written_locally_appears_whole(bucket, tmp_path, remote):
     assert path.read_bytes() == content
     storage.write_whole(path, b"again")
     assert path.read_bytes() == b"again"
+
+
+def test_only_what_a_killed_write_has_left_is_cleared(tmp_path):
+    """A conversion beside it is at work, and the user's files are named as he likes."""
+    (tmp_path / "deep").mkdir()
+    with storage.whole_file(epath.Path(tmp_path) / "deep" / "shard") as partial:
+        pathlib.Path(partial).write_bytes(b"whole")
+    pathlib.Path(partial).write_bytes(b"half")  # as after a kill
+    (tmp_path / "notes.partial-2").write_text("mine")
+    with workspace.new_directory(tmp_path / "model", 1) as converting:
+        (converting / "model.json").write_text("{}")
+        storage.clear_partial(epath.Path(tmp_path))
+    assert (tmp_path / "notes.partial-2").exists() and (tmp_path / "model" / "model.json").exists()
+    assert not pathlib.Path(partial).exists() and (tmp_path / "deep" / "shard").exists()
 
 
 def test_tokenizer(bucket, tmp_path):

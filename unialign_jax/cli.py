@@ -24,9 +24,9 @@ _NO_CONFIG = "Failed loading config file"  # ml_collections says so when the con
 def run(main: Callable[[], None]) -> None:
     """Runs an absl program whose flags are already defined; does not return.
 
-    Missing or unreadable files and every `ValueError` that this package raises become one line and exit code 1; wrong
-    flags and config overrides, too little device memory, and errors that are `final`, code 78. All other exceptions
-    are defects of the program and keep their traceback.
+    Missing or unreadable files, what the clients of object stores raise, and every `ValueError` that this package
+    raises become one line and exit code 1; wrong flags and config overrides, too little device memory, and errors that
+    are `final`, code 78. All other exceptions are defects of the program and keep their traceback.
 
     Args:
       main: called without arguments; an argument that is no flag is refused.
@@ -37,24 +37,34 @@ def run(main: Callable[[], None]) -> None:
             _exit(f"unexpected argument {arguments[1]!r}; every option is given as --name=value", FINAL_EXIT_CODE)
         try:
             main()
-        except (ValueError, OSError) as error:
-            if _TRACEBACK.value or not (isinstance(error, OSError) or _raised_by_us(error)):
+        except Exception as error:
+            if _TRACEBACK.value:
                 raise
-            final = getattr(error, "final", False) or _NO_CONFIG in str(error)
-            _exit(_message(error), FINAL_EXIT_CODE if final else 1)
-        except RuntimeError as error:  # JAX's own class of them, which is not loaded for its name alone
-            if _TRACEBACK.value or "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            _exit(
-                f"the device's memory is full: {str(error).splitlines()[0]} Take a smaller batch (--batch), smaller "
-                "images or more devices; in training --config.remat=full, or more --config.micro_batches, or, if it "
-                "was for the grid of samples, --config.log.samples_every=0; a run that goes on takes them with "
-                "--config.allow_changed=micro_batches,remat,log.samples_every. Of a config of several stages, each is "
-                "set for the stage: --config.stages.STAGE.KEY",
-                FINAL_EXIT_CODE,
-            )
+            _explain(error)
+            raise
 
     app.run(guarded, flags_parser=_parse)
+
+
+def _explain(error: Exception) -> None:
+    """Ends the program with one line if this is an error that the user can mend."""
+    # JAX's own class, which is not loaded for its name alone, is a RuntimeError.
+    if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+        _exit(
+            f"the device's memory is full: {str(error).splitlines()[0]} Take a smaller batch (--batch), smaller "
+            "images or more devices; in training --config.remat=full, or more --config.micro_batches, or, if it "
+            "was for the grid of samples, --config.log.samples_every=0; a run that goes on takes them with "
+            "--config.allow_changed=micro_batches,remat,log.samples_every. Of a config of several stages, each is "
+            "set for the stage: --config.stages.STAGE.KEY",
+            FINAL_EXIT_CODE,
+        )
+    from unialign_jax import storage  # late: it loads clients of object stores
+
+    if (said := storage.client_error(error)) is not None:
+        _exit(said)
+    if isinstance(error, OSError) or (isinstance(error, ValueError) and _raised_by_us(error)):
+        final = getattr(error, "final", False) or _NO_CONFIG in str(error)
+        _exit(_message(error), FINAL_EXIT_CODE if final else 1)
 
 
 def define_cluster(*, preemption: bool = False) -> Callable[[], None]:

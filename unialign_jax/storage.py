@@ -6,9 +6,11 @@
 import contextlib
 import importlib.util
 import io
+import logging
 import os
 import pathlib
 import posixpath
+import re
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -27,7 +29,11 @@ if importlib.util.find_spec("gcsfs"):
     import aiohttp
 
     fsspec.config.conf["gcs"].setdefault("requests_timeout", aiohttp.ClientTimeout(sock_connect=30, sock_read=60))
-_PARTIAL = ".partial-"  # in the name of a file that is being written
+# It logs, each with its traceback, the errors that it then raises.
+logging.getLogger("gcsfs").addFilter(lambda record: record.module != "retry")
+# What the clients of stores consist of. Their errors are known by these names, for which no command loads them.
+_CLIENTS = ("gcsfs", "google.auth", "google.api_core", "aiohttp")
+_PARTIAL = ".partial-"  # in the name of a file that is being written, before 32 hexadecimal digits
 _READ_AHEAD = 8 * 2**20  # bytes of a remote file that are fetched at once
 
 
@@ -90,7 +96,33 @@ def _errors(path: epath.Path) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
-        raise OSError(f"{path}: {type(error).__name__}: {error}") from error
+        raise OSError(f"{path}: {_said(error)}") from error
+
+
+def client_error(error: Exception) -> str | None:
+    """What a store's client says by an error, and what to do about it; None if the error is none of a client.
+
+    A client's are the kinds of error that it defines, and the OSErrors and ValueErrors that it raises.
+    """
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    raised_in = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
+    by_client = isinstance(error, OSError | ValueError) and _of_client(raised_in)
+    return _said(error) if by_client or _of_client(type(error).__module__) else None
+
+
+def _of_client(module: str) -> bool:
+    return any(f"{module}.".startswith(f"{client}.") for client in _CLIENTS)
+
+
+def _said(error: Exception) -> str:
+    said = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+    # gcsfs makes a plain OSError of 403.
+    denied = getattr(error, "code", None) in (401, 403) or said.startswith("Forbidden: ")
+    if denied or type(error).__module__.startswith("google.auth"):
+        said += "; log in with: gcloud auth application-default login, or give the service account access to the bucket"
+    return said
 
 
 def _client(path: epath.Path) -> fsspec.AbstractFileSystem:
@@ -143,7 +175,9 @@ def whole_file(path: epath.Path) -> Iterator[str]:
 def clear_partial(directory: epath.Path) -> None:
     """Removes what a killed `whole_file` has left anywhere in a directory. A process that still writes there fails."""
     for file in () if is_remote(directory) else pathlib.Path(directory).rglob(f"*{_PARTIAL}*"):
-        file.unlink(missing_ok=True)
+        # Others are the user's, or directories that a conversion is filling.
+        if re.search(rf"{re.escape(_PARTIAL)}[0-9a-f]{{32}}$", file.name) and file.is_file():
+            file.unlink(missing_ok=True)
 
 
 def write_whole(path: epath.Path, data: bytes) -> None:

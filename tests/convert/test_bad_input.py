@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from unialign_jax import convert
+from unialign_jax import convert, pretrained
 from unialign_jax.convert import tensors, workspace
 
 
@@ -95,6 +95,9 @@ def test_position_table_of_another_size(pipeline, refused, edit_json):
         ("vae/config.json", {"shift_factor": None}, "shift_factor = null; expected a number"),
         ("scheduler/scheduler_config.json", {"use_dynamic_shifting": True}, "use_dynamic_shifting = true"),
         ("scheduler/scheduler_config.json", {"shift": ...}, "key shift is missing"),
+        ("scheduler/scheduler_config.json", {"shift": None}, "scheduler_config.json: shift = null; expected a number"),
+        ("scheduler/scheduler_config.json", {"shift": "3"}, 'shift = "3"; expected a number'),
+        ("scheduler/scheduler_config.json", {"shift": 0}, "shift is 0; expected a number above 0"),
         ("scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"}, '"DDIMScheduler"'),
     ],
 )
@@ -110,6 +113,12 @@ def test_configs_that_the_network_cannot_honour(pipeline, refused, edit_json, ed
             }),
         )  # fmt: skip
     refused(pipeline, message)
+
+
+def test_what_a_public_directory_says_of_sampling(pipeline):
+    (pipeline / "sampling.json").write_text('{"size": null}')
+    with pytest.raises(convert.ConversionError, match=r"sampling.json: size = null; expected a list of whole numbers"):
+        pretrained.load(pipeline)
 
 
 def test_harmless_keys_are_ignored(pipeline, tmp_path, edit_json):
@@ -314,6 +323,22 @@ def test_damaged_converted_directories(pipeline, tmp_path, edit_json):
     edit_json(converted / "model.json", transformer={**model["transformer"], "depth": 3})
     assert "transformer has no field depth" in message()
     edit_json(converted / "model.json", **model)
+    for wrong, part in (
+        ({"scheduler": ...}, "scheduler is missing"),
+        ({"scheduler": {}}, "scheduler: key shift is missing"),
+        ({"scheduler": {"shift": None}}, "scheduler: shift = null; expected a number"),
+        ({"scheduler": {"shift": -1}}, "scheduler: shift is -1; expected a number above 0"),
+        ({"sampling": []}, "sampling is []; expected an object"),
+        ({"sampling": {"size": None}}, "sampling: size = null; expected a list of whole numbers"),
+        ({"sampling": {"size": [512]}}, "sampling: size is [512]; expected height and width"),
+        ({"sampling": {"text_length": "256"}}, 'sampling: text_length = "256"; expected a whole number'),
+        ({"sampling": {"protocol": 3}}, "sampling: protocol = 3; expected a text"),
+        ({"sampling": {"sizes": [16, 16]}}, "sampling has no field sizes"),
+    ):
+        edit_json(converted / "model.json", **wrong)
+        text = message()
+        assert f"{converted / 'model.json'}: " in text and part in text
+        (converted / "model.json").write_text(json.dumps(model))
     # The values are cut short, then the index, too.
     for file in (converted / "transformer/ocdbt.process_0/d").iterdir():
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])

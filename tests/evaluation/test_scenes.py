@@ -108,6 +108,27 @@ def test_a_directory_holds_scores_by_one_setting(knowing, tmp_path):
         evaluate.evaluate_scenes(never, tmp_path, tasks=["caption"], **common)
 
 
+def test_earlier_tables_are_whole_whatever_happens_while_more_are_written(knowing, tmp_path):
+    common = {"subsets": ["test"], "things": [(1, 2)], "count": 2}
+    evaluate.evaluate_scenes(knowing(), tmp_path, tasks=["caption"], **common)
+    names = ("scores.json", "scores.md", "outputs.jsonl")
+    before = {name: (tmp_path / name).read_text() for name in names}
+    opened = {name: (tmp_path / name).open() for name in names}
+    evaluate.evaluate_scenes(knowing(), tmp_path, tasks=["generate"], **common)
+    for name, file in opened.items():
+        with file:
+            assert file.read() == before[name] != (tmp_path / name).read_text()
+
+
+@pytest.mark.parametrize(("name", "kept"), [("scores.json", 0), ("scores.json", 20), ("outputs.jsonl", -9)])
+def test_damaged_files_are_named(knowing, tmp_path, name, kept):
+    common = {"tasks": ["caption"], "subsets": ["test"], "things": [(1, 2)], "count": 2}
+    evaluate.evaluate_scenes(knowing(), tmp_path, **common)
+    (tmp_path / name).write_text((tmp_path / name).read_text()[:kept])
+    with pytest.raises(ValueError, match=rf"{name} is damaged, or no evaluation's .*; remove {tmp_path}"):
+        evaluate.evaluate_scenes(knowing(lambda *_: pytest.fail("sampled")), tmp_path, **common)
+
+
 def test_sizes_that_scenes_cannot_be_read_at_are_refused(knowing):
     model = knowing()
     for size in ((16, 16), (32, 48), (34, 34)):

@@ -56,3 +56,30 @@ def test_what_is_not_the_benchmark_is_refused(benchmark, stage, tmp_path):
     (benchmark / "semgen_bench.jsonl").write_text('{"image_path": "1.jpg", "t2i_long": "a"}')
     with pytest.raises(ValueError, match=r"line 1: expected t2i_complex, edit_multi, edit_complex"):
         semgen_bench.draw(benchmark, job)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ("{", "line 3: Expecting property name"),
+        ("[]", "line 3: expected a JSON object, found a list"),
+        ({"t2i_long": 3}, "line 3: t2i_long is 3; expected a text"),
+        ({"image_path": None}, "line 3: image_path is None; expected a text"),
+    ],
+)
+def test_lines_that_are_no_rows_are_named(benchmark, stage, tmp_path, second, message):
+    file = benchmark / "semgen_bench.jsonl"
+    row = json.loads(file.read_text().splitlines()[0])
+    wrong = second if isinstance(second, str) else json.dumps(row | second)
+    file.write_text(f"{json.dumps(row)}\n\n{wrong}\n")
+    with pytest.raises(ValueError, match=rf"semgen_bench.jsonl, {message}"):
+        semgen_bench.draw(benchmark, Job(stage[0], "generate", tmp_path / "mine"))
+
+
+def test_texts_may_hold_any_character(benchmark, stage, tmp_path):
+    file = benchmark / "semgen_bench.jsonl"
+    row = json.loads(file.read_text().splitlines()[0]) | {"t2i_long": "above\u2028below\u0085end"}
+    file.write_text(json.dumps(row, ensure_ascii=False) + "\n")
+    job = Job(stage[0], "generate", tmp_path / "mine", options={"steps": 2}, dtype="float32", batch=2, progress=False)
+    semgen_bench.draw(benchmark, job)
+    assert Image.open(tmp_path / "mine/fullset/t2i_long/0.png").text["prompt"] == row["t2i_long"]

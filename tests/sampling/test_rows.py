@@ -60,3 +60,11 @@ def test_a_line_that_is_nested_too_deep_is_no_row(tmp_path):
     (tmp_path / "deep.jsonl").write_text("[" * 100_000 + '\n{"prompt": "a red square"}\n')
     deep, whole = FileRows("generate", 0, tmp_path / "deep.jsonl")
     assert "deep.jsonl, line 1: " in deep.error and whole.error is None
+
+
+def test_files_that_are_no_lists_of_rows_are_refused(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps([{"prompt": "a red square"}], indent=1))
+    with pytest.raises(ValueError, match=r"rows.json: expected JSONL, .*; jq -c '.\[\]' makes JSONL of an array"):
+        FileRows("generate", 0, tmp_path / "rows.json")
+    with pytest.raises(ValueError, match=r"s3://bucket/p.txt: expected a local path or gs://"):
+        FileRows("generate", 0, "s3://bucket/p.txt")

@@ -15,11 +15,14 @@ import time
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader
+from etils import epath
 from PIL import Image
 
 from unialign_jax import exports, sampling
 from unialign_jax.pipeline import UniAlignPipeline
+from unialign_jax.sampling import outputs
 from unialign_jax.sampling.outputs import is_result
+from unialign_jax.sampling.rows import Row
 
 ROOT = pathlib.Path(__file__).parents[2]
 FEW = {"steps": 2}
@@ -232,6 +235,33 @@ def test_what_a_killed_write_leaves_is_no_result(tmp_path):
         assert not is_result(tmp_path / name)
     for name in ("shard-000000000-000000002-0001of0004.jsonl", "00012", "012.png", "012.error.json"):
         assert is_result(tmp_path / name)
+
+
+@pytest.mark.parametrize("form", ["png", "webdataset"])
+def test_a_unit_that_is_made_again_leaves_its_own_results_alone(tmp_path, monkeypatch, form):
+    """And where that is interrupted between two files, it does not look done."""
+    image = np.zeros((4, 4, 3), np.uint8)
+    one, other = (Row(index, "a red square", (), index) for index in range(2))
+    first = [(one, image, None), (other, None, "no such file")]
+    second = [(one, None, "no such file"), (other, image, None)]
+
+    def output():
+        return outputs.make_output(form, epath.Path(tmp_path), "generate", 2)
+
+    write_whole = outputs.write_whole
+    for files in (0, 1):
+        output().write(0, 2, first, {})
+        assert not output().missing(0, 2, np.ones(2, bool)) and output().failures() == 1
+        left = iter([write_whole] * files)
+        monkeypatch.setattr(outputs, "write_whole", lambda *file, left=left: next(left)(*file))
+        with pytest.raises(StopIteration):
+            output().write(0, 2, second, {})
+        assert output().missing(0, 2, np.ones(2, bool))
+        monkeypatch.undo()
+    output().write(0, 2, second, {})
+    assert output().failures() == 1 and len(list(tmp_path.iterdir())) == 2
+    output().write(0, 2, [(one, image, None), (other, image, None)], {})
+    assert output().failures() == 0 and not list(tmp_path.glob("*error*"))
 
 
 def test_texts(run, stage, pictures, tmp_path, capsys):

@@ -6,6 +6,7 @@ three is refused: what silently changes nothing here may change the network ther
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +22,45 @@ from unialign_jax.models.unialign import TransformerConfig
 
 _PIPELINE = "UniAlignmentPipeline"
 _SD3, _TRANSFORMER, _PIXEL_CODEC = "SD3Transformer2DModel", "SD3JointModelFlexible", "PixelCodec"
-SCHEDULER = {"shift": 3.0}  # SD3's
+
+
+@dataclasses.dataclass(frozen=True)
+class SchedulerConfig:
+    """What of the public scheduler matters here; by default SD3's.
+
+    Attributes:
+      shift: of the noise levels, see `flow_matching.euler_sigmas`.
+    """
+
+    shift: float = 3.0
+
+    def __post_init__(self):
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"shift is {self.shift}; expected a number above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """What samplers of a model trained here take where they are told nothing else; any of it may be left out.
+
+    Attributes:
+      text_length: tokens of every text.
+      size: height and width in pixels.
+      protocol: a name in `inference.presets.PROTOCOLS`.
+    """
+
+    text_length: int = 256
+    size: tuple[int, int] = (512, 512)
+    protocol: str = "unialignment"
+
+    def __post_init__(self):
+        if self.text_length < 1:
+            raise ValueError(f"text_length is {self.text_length}; expected 1 or more")
+        if len(self.size) != 2 or min(self.size) < 1:
+            raise ValueError(f"size is {list(self.size)}; expected height and width, each 1 or more")
+
+
+SCHEDULER = dataclasses.asdict(SchedulerConfig())
 _REQUIRED = object()
 
 
@@ -30,7 +69,7 @@ class _Schema:
     """Keys of one public config.
 
     Attributes:
-      kind: our dataclass; its fields are the keys that are used. None: only `fixed` and `written` matter.
+      kind: our dataclass; its fields are the keys that are used.
       absent: what the absence of a used key means, `_REQUIRED` if it may not be absent (default: `_REQUIRED`).
       fixed: key -> the values we can honour; the first is what we write.
       means: key of `fixed` -> what its absence means, where that is not the first value.
@@ -38,7 +77,7 @@ class _Schema:
       ignored: more keys that do not matter.
     """
 
-    kind: type | None
+    kind: type
     absent: Mapping[str, Any]
     fixed: Mapping[str, tuple]
     means: Mapping[str, Any]
@@ -137,9 +176,10 @@ _SCHEMAS = {
         ignored=_TRANSFORMERS | {"initializer_range", "spatial_patch_size"},
     ),
     "pixel_codec": _Schema(PixelCodecConfig, {}, {"_class_name": (_PIXEL_CODEC,)}, {}, {}),
+    "sampling": _Schema(SamplingConfig, {}, {}, {}, {}),
     "scheduler": _Schema(
-        kind=None,
-        absent={"shift": _REQUIRED},
+        kind=SchedulerConfig,
+        absent={},
         fixed={
             "_class_name": ("FlowMatchEulerDiscreteScheduler",),
             "num_train_timesteps": (1000,),
@@ -159,8 +199,6 @@ _SCHEMAS = {
 
 
 def _used(schema: _Schema) -> dict[str, Any]:
-    if schema.kind is None:
-        return dict(schema.absent)
     return {field.name: schema.absent.get(field.name, _REQUIRED) for field in dataclasses.fields(schema.kind)}
 
 
@@ -200,12 +238,15 @@ def from_public(network: str, raw: Mapping[str, Any], file: epath.PathLike) -> d
 def check_fields(network: str, fields: Mapping[str, Any], file: epath.PathLike) -> None:
     """Builds the dataclass once: what contradicts itself is refused.
 
+    Args:
+      network: see `from_public`; also "sampling", for `SamplingConfig`.
+      fields: by name; some may be left out.
+      file: where they came from, for messages.
+
     Raises:
       ConversionError: naming the file, and the field where one is at fault.
     """
     kind = _SCHEMAS[network].kind
-    if kind is None:
-        return
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}
     problems = [f"{network} has no field {key}" for key in sorted(fields.keys() - defaults.keys())]
     problems += [
@@ -335,7 +376,7 @@ def write_json(file: pathlib.Path, value: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-_EXPECTED = {int: "a whole number", float: "a number", tuple: "a list of whole numbers"}
+_EXPECTED = {int: "a whole number", float: "a number", tuple: "a list of whole numbers", str: "a text"}
 
 
 def _same_type(value: Any, default: Any) -> bool:
@@ -343,7 +384,7 @@ def _same_type(value: Any, default: Any) -> bool:
         return isinstance(value, list | tuple) and all(type(v) is int for v in value)
     if isinstance(default, float):
         return type(value) in (int, float)
-    return type(value) is int if isinstance(default, int) else True
+    return type(value) is type(default) if isinstance(default, int | str) else True
 
 
 def _show(value: Any) -> str:

@@ -265,6 +265,7 @@ def _model(folders: _Folders, components: dict[str, Component]) -> dict[str, Any
         sampling = configs.read_json(file)
         drawn += sampling.pop("drawn", [])
         if sampling:
+            configs.check_fields("sampling", sampling, file)
             model["sampling"] = sampling
     if drawn:
         model["drawn"] = drawn

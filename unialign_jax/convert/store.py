@@ -226,11 +226,15 @@ def read_config(directory: epath.PathLike) -> dict[str, Any]:
         if model.get(key) != value:
             raise ConversionError(f"{file}: {key} is {model.get(key)!r}, this package reads {value!r}")
     codec = "pixel_codec" if model.get("pixel_codec") else "autoencoder"
-    for network in ("transformer", "text_encoder", codec):
-        if not isinstance(model.get(network), dict):
-            raise ConversionError(f"{file}: {network} is missing")
-    for network in ("transformer", "text_encoder", codec, *(["teacher"] if model.get("teacher") else [])):
-        configs.check_fields(network, model[network], file)
+    optional = [*(["teacher"] if model.get("teacher") else []), *(["sampling"] if "sampling" in model else [])]
+    for part in ("transformer", "text_encoder", codec, "scheduler", *optional):
+        if part not in model:
+            raise ConversionError(f"{file}: {part} is missing")
+        if not isinstance(model[part], dict):
+            raise ConversionError(f"{file}: {part} is {model[part]!r}; expected an object")
+        configs.check_fields(part, model[part], f"{file}: {part}")
+    if "shift" not in model["scheduler"]:  # what is absent elsewhere has a default
+        raise ConversionError(f"{file}: scheduler: key shift is missing")
     return model
 
 

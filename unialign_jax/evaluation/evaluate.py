@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from unialign_jax import agreement
+from unialign_jax import agreement, storage
 from unialign_jax.data.images import image_grid
 from unialign_jax.data.samples import TASKS
 from unialign_jax.data.scenes import usable_counts
@@ -60,7 +60,7 @@ def evaluate_scenes(
 
     Raises:
       ValueError: a task has no scenes of such a set and so many things, or the directory holds scores by other
-        settings or weights. Nothing has been sampled by then.
+        settings or weights, or files that are no evaluation's. Nothing has been sampled by then.
     """
     for subset, counts, task in itertools.product(subsets, things, tasks):
         usable_counts(task, subset, counts)
@@ -75,7 +75,7 @@ def evaluate_scenes(
         name = f"{subset}, {span} things"
         for task in tasks:
             outputs = scenes.run(pipeline, task, count, subset=subset, counts=counts, protocol=protocol)
-            _put(written, name, task, [_line(name, item) for item in outputs], scenes.summarize(outputs))
+            _put(written, name, task, [_row(name, item) for item in outputs], scenes.summarize(outputs))
             # All have sampled together and know the same; one writes.
             file = directory / f"{subset}-{span}" / f"{task}.png"
             agreement.primary(functools.partial(_write_picture, file, grid(outputs[:SHOWN], pipeline.size[0])))
@@ -86,28 +86,43 @@ def evaluate_scenes(
 
 
 def _begin(directory: epath.Path, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Makes the directory, or reads what it holds: `tables` as in scores.json, and the `lines` of outputs.jsonl."""
+    """Makes the directory, or reads what it holds: `tables` as in scores.json, and the `rows` of outputs.jsonl."""
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / "scores.json"
     if not file.exists():
-        return {"tables": {}, "lines": []}
-    found, asked = json.loads(file.read_text()), json.loads(json.dumps(facts))
+        return {"tables": {}, "rows": []}
+    found, asked = _parse(file, storage.read(file)), json.loads(json.dumps(facts))
     tables = found.pop("tables", {})
     if differing := sorted(key for key in found.keys() | asked.keys() if found.get(key) != asked.get(key)):
         values = "; ".join(f"{key} {found.get(key)!r}, now {asked.get(key)!r}" for key in differing)
         raise ValueError(
             f"{directory} holds scores by other settings ({values}); choose another directory or remove it"
         )
-    return {"tables": tables, "lines": (directory / "outputs.jsonl").read_text().splitlines(keepends=True)}
+    file = directory / "outputs.jsonl"
+    return {"tables": tables, "rows": [_parse(file, line) for line in storage.read(file).splitlines()]}
 
 
-def _put(written: dict[str, Any], table: str, task: str, lines: Sequence[str], scores: Sequence[scenes.Score]) -> None:
+def _parse(file: epath.Path, text: bytes) -> dict[str, Any]:
+    """A JSON object of a file that an evaluation has written."""
+    try:
+        value = json.loads(text)
+        if not isinstance(value, dict):
+            raise ValueError(f"a JSON {type(value).__name__}, not an object")
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is damaged, or no evaluation's ({error}); remove {file.parent}, or choose another directory"
+        ) from error
+    return value
+
+
+def _put(
+    written: dict[str, Any], table: str, task: str, made: Sequence[dict[str, Any]], scores: Sequence[scenes.Score]
+) -> None:
     """Takes up what was made of one task, in place of what is there of it."""
     rows = [row for row in written["tables"].get(table, []) if _task(row) != task]
     rows += map(dataclasses.asdict, scores)
     written["tables"][table] = sorted(rows, key=lambda row: TASKS.index(_task(row)))
-    others = (line for line in written["lines"] if (row := json.loads(line))["table"] != table or row["task"] != task)
-    written["lines"] = [*others, *lines]
+    written["rows"] = [row for row in written["rows"] if row["table"] != table or row["task"] != task] + list(made)
 
 
 def _task(row: Mapping[str, Any]) -> str:
@@ -126,9 +141,13 @@ def _write_picture(path: epath.Path, picture: np.ndarray) -> None:
 
 def _write_scores(directory: epath.Path, facts: Mapping[str, Any], written: Mapping[str, Any]) -> None:
     tables = {name: scenes.table(list(map(_score, rows))) for name, rows in written["tables"].items()}
-    (directory / "outputs.jsonl").write_text("".join(written["lines"]))
-    (directory / "scores.md").write_text("\n\n".join(f"## {name}\n\n{table}" for name, table in tables.items()) + "\n")
-    (directory / "scores.json").write_text(json.dumps({**facts, "tables": written["tables"]}, indent=1))
+    report = "\n\n".join(f"## {name}\n\n{table}" for name, table in tables.items()) + "\n"
+    storage.write_whole(directory / "outputs.jsonl", "".join(json.dumps(r) + "\n" for r in written["rows"]).encode())
+    storage.write_whole(directory / "scores.md", report.encode())
+    # Last: where it is there, so are the others.
+    storage.write_whole(
+        directory / "scores.json", json.dumps({**facts, "tables": written["tables"]}, indent=1).encode()
+    )
 
 
 def grid(outputs: Sequence[scenes.Output], size: int) -> np.ndarray:
@@ -151,7 +170,7 @@ def grid(outputs: Sequence[scenes.Output], size: int) -> np.ndarray:
     return image_grid(np.stack(pictures), columns=columns)
 
 
-def _line(table: str, item: scenes.Output) -> str:
+def _row(table: str, item: scenes.Output) -> dict[str, Any]:
     example = item.example
     row = {
         "table": table,
@@ -163,4 +182,4 @@ def _line(table: str, item: scenes.Output) -> str:
     }
     if isinstance(item.made, str):
         row["made"] = item.made
-    return json.dumps(row) + "\n"
+    return row

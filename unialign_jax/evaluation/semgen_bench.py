@@ -7,6 +7,7 @@ Its scores are a language model's (Qwen2.5-VL 72B), given by its own programs: `
 import dataclasses
 import io
 import json
+from typing import Any
 
 from etils import epath
 from PIL import Image
@@ -50,10 +51,9 @@ def _prepare(benchmark: epath.Path, output: epath.Path) -> None:
     file = benchmark / "semgen_bench.jsonl"
     if not file.exists():
         raise FileNotFoundError(f"{benchmark}: expected semgen_bench.jsonl, found none; it is SemGen-Bench/benchmark")
-    rows = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
-    for number, row in enumerate(rows, 1):
-        if absent := [key for key in ("image_path", *GROUPS["generate"], *GROUPS["edit"]) if key not in row]:
-            raise ValueError(f"{file}, line {number}: expected {', '.join(absent)}, found {', '.join(row)}")
+    # Of JSON only this byte ends a line: texts may hold what else Unicode has for it.
+    lines = enumerate(storage.read(file).split(b"\n"), 1)
+    rows = [_parse(f"{file}, line {number}", line) for number, line in lines if line.strip()]
     (output / "rows").mkdir(parents=True, exist_ok=True)
     for task, groups in GROUPS.items():
         lines = []
@@ -67,6 +67,22 @@ def _prepare(benchmark: epath.Path, output: epath.Path) -> None:
                     _stretch(benchmark / "images" / epath.Path(row["image_path"]).name, epath.Path(line["image"]))
                 lines.append(json.dumps(line, ensure_ascii=False) + "\n")
         storage.write_whole(_rows_file(output, task), "".join(lines).encode())
+
+
+def _parse(place: str, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: expected a JSON object, found a {type(row).__name__}")
+    keys = ("image_path", *GROUPS["generate"], *GROUPS["edit"])
+    if absent := [key for key in keys if key not in row]:
+        raise ValueError(f"{place}: expected {', '.join(absent)}, found {', '.join(row)}")
+    for key in keys:
+        if not isinstance(row[key], str):
+            raise ValueError(f"{place}: {key} is {row[key]!r}; expected a text")
+    return row
 
 
 def _stretch(source: epath.Path, target: epath.Path) -> None:

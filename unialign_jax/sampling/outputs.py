@@ -101,13 +101,16 @@ class PngFiles:
     def write(self, start: int, stop: int, made: Sequence[Made], facts: dict[str, Any]) -> None:
         for row, image, error in made:
             path = self.path(row.index)
+            failed = path.with_name(f"{path.stem}.error.json")
             path.parent.mkdir(parents=True, exist_ok=True)
-            if error is not None:
-                write_whole(path.with_name(f"{path.stem}.error.json"), _json_line(row, facts, error=error))
-            else:
+            # First what an earlier attempt at this unit has left: a row with neither file is made again.
+            outdated = failed if error is None else path
+            if outdated.name in self._there:
+                outdated.unlink()
+            if error is None:
                 write_whole(path, encode_png(image, _metadata(row, facts)))
-                if (failed := f"{path.stem}.error.json") in self._there:  # an earlier attempt at this unit
-                    path.with_name(failed).unlink()
+            else:
+                write_whole(failed, _json_line(row, facts, error=error))
 
     def told(self, start: int, stop: int, made: Sequence[Made]) -> list[str]:
         return [str(self.path(row.index)) for row, _, error in made if error is None]
@@ -134,7 +137,7 @@ class _Shards:
         self._directory, self._extension, self._encode = directory, extension, encode
         count = jax.process_count()
         self._process = f"-{jax.process_index():04d}of{count:04d}" if count > 1 else ""
-        self._there = {path.name for path in directory.glob(f"shard-*.{extension}")}
+        self._there = {path.name for path in directory.glob("shard-*")}
 
     def _name(self, start: int, stop: int) -> str:
         return f"shard-{start:09d}-{stop:09d}{self._process}.{self._extension}"
@@ -146,10 +149,14 @@ class _Shards:
         if not made:
             return
         path = self._directory / self._name(start, stop)
+        errors = path.with_name(f"{path.stem}.errors.jsonl")
+        # Of an earlier attempt at this unit. The shard, by which the unit counts as done, goes first and comes last.
+        for outdated in (path, errors):
+            if outdated.name in self._there:
+                outdated.unlink()
         failed = [_json_line(row, facts, error=error) for row, _, error in made if error is not None]
         if failed:
-            write_whole(path.with_name(f"{path.stem}.errors.jsonl"), b"".join(failed))
-        # Last: it says that the unit is done.
+            write_whole(errors, b"".join(failed))
         write_whole(path, self._encode([(row, item) for row, item, error in made if error is None], facts))
 
     def told(self, start: int, stop: int, made: Sequence[Made]) -> list[str]:

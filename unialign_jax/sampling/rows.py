@@ -123,21 +123,27 @@ class FlagRows(Rows):
 
 
 class FileRows(Rows):
-    """The lines of a file: JSON objects if its name ends in .jsonl, else prompts. Empty lines are left out.
+    """The lines of a file: JSON objects if its name ends in .jsonl or .ndjson, else prompts. Empty ones are left out.
 
     An object has `prompt` (or `instruction`, `edit_prompt`, `question`), `image` (or `images`, `original_images`: a
     path or a list) and `seed`; what the task does not need and other keys are ignored. Paths are relative to the file.
     Rows of training data will do: `generate` takes their caption, `edit` and `perceive` the first of two images.
 
     Raises:
-      ValueError: it has no rows.
+      ValueError: it has no rows, or is of another form, or in a store that can't be read, see `storage.absolute`.
       FileNotFoundError: there is no such file.
     """
 
     def __init__(self, task: str, seed: int, path: epath.PathLike):
         super().__init__(task, seed)
-        self._path = epath.Path(path).expanduser()
-        self._is_json = self._path.suffix.lower() in (".jsonl", ".ndjson", ".json")
+        # A local link is kept: what it leads to may be named otherwise, and have no images beside it.
+        self._path = storage.absolute(path) if storage.is_remote(path) else epath.Path(path).expanduser()
+        if self._path.suffix.lower() == ".json":
+            raise ValueError(
+                f"{self._path}: expected JSONL, one object a line, in a file named .jsonl, or prompts as text; "
+                "jq -c '.[]' makes JSONL of an array"
+            )
+        self._is_json = self._path.suffix.lower() in (".jsonl", ".ndjson")
         if not self._is_json and task in NEEDS_IMAGE:
             raise ValueError(f"{self._path}: lines of a text file are prompts, but {task} needs images: use JSONL")
         digest = hashlib.sha256()
