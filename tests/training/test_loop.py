@@ -38,7 +38,7 @@ def make_config(corpus, **changes):
     spec = importlib.util.spec_from_file_location("photos_tiny", CONFIGS / "photos_tiny.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config = module.get_config()
+    config = module.get_config().copy_and_resolve_references()  # one size of the vocabulary can be set alone
     config.data.sources = {
         "draw": {"path": str(corpus / "generate.jsonl"), "task": "generate", "references": 0, "weight": 1.0},
         "recolour": {"path": str(corpus / "edit.jsonl"), "task": "edit", "references": 1, "weight": 1.0},

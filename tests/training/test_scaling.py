@@ -10,6 +10,7 @@ VERDICT = {
     "topology": "v5e:4x4",
     "slices": 2,
     "program": "train",
+    "stage": "unify",
     "source": "generate",
     "image": [512, 512],
     "strategy": "fsdp",
@@ -53,7 +54,7 @@ def test_an_interrupted_table_keeps_what_is_judged_and_goes_on(tmp_path, monkeyp
     assert "60.0% / 30.0% | 50.0% / 25.0%" in row
 
     def refuse(command, **_):
-        too_large = {key: VERDICT[key] for key in list(VERDICT)[:8]} | {"fits": False, "compiler": "out of memory"}
+        too_large = {key: VERDICT[key] for key in list(VERDICT)[:9]} | {"fits": False, "compiler": "out of memory"}
         file = next(part.removeprefix("--json=") for part in command if part.startswith("--json="))
         scaling.write(too_large, file)
         return subprocess.CompletedProcess(command, 0, "", "")
@@ -71,9 +72,12 @@ def test_a_page_without_a_place_for_the_table_is_refused(tmp_path):
 
 
 def test_what_does_not_fit_is_said_with_the_compilers_words():
-    kept = {key: VERDICT[key] for key in ("topology", "slices", "program", "strategy", "batch_per_chip")}
-    text = scaling.summary(kept | {"fits": False, "compiler": "Ran out of memory"})
-    assert text == "train on v5e:4x4 x 2 slices, fsdp, 4 samples per chip: does not fit: Ran out of memory"
+    keys = ("topology", "slices", "program", "stage", "source", "strategy", "batch_per_chip")
+    kept = {key: VERDICT[key] for key in keys}
+    text = scaling.summary(kept | {"fits": False, "compiler": "Out of memory"})
+    assert (
+        text == "train of unify/generate on v5e:4x4 x 2 slices, fsdp, 4 samples per chip: does not fit: Out of memory"
+    )
 
 
 def test_every_case_has_a_file_of_its_own():
