@@ -77,7 +77,7 @@ def _train_all(
                         f"those back, or move {later} away to train both anew"
                     )
                 if reached is None:
-                    check(runs[later])
+                    check_can_begin(runs[later])
         start = _start(run, workdir)
         # Its state is let go: the next stage reads what it needs, and has the memory.
         reached = loop.train(stage, workdir, start=start, profile_steps=profile_steps, preemption=preemption).step
@@ -86,14 +86,18 @@ def _train_all(
     return True
 
 
-def check(run: RunConfig) -> None:
+def check_can_begin(run: RunConfig) -> None:
     """Whether a stage could begin, but for where it starts from: its data is there, and the mesh takes its program.
 
     What is the matter with a later stage is better said before the days of an earlier one. Whether it fits in memory
     only the compiler can say.
 
+    Args:
+      run: of the stage. All processes call it together.
+
     Raises:
-      ValueError: see `loop.train`.
+      CorpusError: a source is missing, empty, not of its format or shorter than a batch.
+      ValueError: see `open_source`, `Program`.
     """
     Program(run, parallel.make_mesh(run.strategy))
     for source in run.data.sources:
