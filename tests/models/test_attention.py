@@ -17,7 +17,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSha
 
 from unialign_jax.models import attention, attention_kernels
 from unialign_jax.models.attention import attend, join_tokens, split_tokens
-from unialign_jax.models.attention_kernels import KEPT, block_size, splash
+from unialign_jax.models.attention_kernels import KEPT, block_sides, splash
 from unialign_jax.training import verdict
 
 
@@ -81,6 +81,8 @@ def worst(results, expected):
         ("splash", 2, 130, 1, 80, True),  # a head size between the kernel's
         ("splash:128", 2, 300, 2, 16, True),  # three blocks, of which some have no key of the segment
         ("splash", 1, 1290, 1, 64, False),  # several blocks of the derived size
+        ("splash", 1, 2816, 1, 64, False),  # long blocks, and nothing to pad
+        ("splash", 1, 2800, 1, 64, True),
         ("splash", 1, 4095, 1, 64, True),
     ],
 )
@@ -238,16 +240,20 @@ def test_residuals_of_cudnn_can_be_kept(monkeypatch, policy, forward, devices):
 
 
 def test_block_sizes():
-    sides = {1: 128, 264: 384, 1152: 1152, 1280: 640, 2304: 1152, 4352: 896}
-    assert {length: block_size(length, 64, 2) for length in sides} == sides
-    assert block_size(4096, 64, 4) == block_size(4096, 256, 2) == 512
+    sides = {1: 128, 264: 384, 1152: 1152, 1280: 640, 2304: 1152, 2432: 640}
+    assert {length: block_sides(length, length, 64, 2) for length in sides} == {n: (s, s) for n, s in sides.items()}
+    # Square blocks would pad these.
+    assert block_sides(3328, 3328, 64, 2) == (256, 1664)
+    assert block_sides(4352, 4352, 64, 2) == (256, 2176)
+    assert block_sides(1088, 4352, 64, 2) == (1152, 896)  # a share of the queries that 256 do not divide
+    assert block_sides(4352, 4352, 64, 4) == block_sides(4352, 4352, 256, 2) == (512, 512)
     for length in range(1, 9000, 61):
-        block = block_size(length, 64, 2)
-        assert block % 128 == 0 and block <= 1152
-        assert -length % block < 128 + 0.1 * length, length
+        for side in block_sides(length, length, 64, 2):
+            assert side % 128 == 0 and side <= 2176
+            assert -length % side < 128 + 0.1 * length, length
 
 
-@pytest.mark.parametrize("length", [1152, 2304, 4608])
+@pytest.mark.parametrize("length", [1152, 2304, 4352, 4608])
 def test_blocks_with_segments_fit_the_smallest_vector_memory(length):
     """The lengths whose blocks are largest, forward and backward, by v5e's compiler; an editing row has 2304 tokens."""
     verdict.prepare("v5e:2x2")

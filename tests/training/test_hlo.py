@@ -46,7 +46,7 @@ ENTRY %main (values: f32[8,128], weights: bf16[6,256,512]) -> f32[8,128] {
   %values.1 = f32[8,128]{1,0:T(8,128)} parameter(0)
   %weights.1 = bf16[6,256,512]{2,1,0:T(8,128)(2,1)} parameter(1)
   %start = s32[]{:T(128)} constant(1)
-  %queries = bf16[2,3,640,64]{3,2,1,0:T(8,128)(2,1)} constant({...})
+  %queries = bf16[2,3,64,640]{3,2,1,0:T(8,128)(2,1)} constant({...})
   %first = (s32[]{:T(128)}, f32[8,128]{1,0}, bf16[6,256,512]{2,1,0}) tuple(%start, %values.1, %weights.1)
   %loop = (s32[], f32[8,128]{1,0}, bf16[6,256,512]{2,1,0}) while(%first), condition=%condition, body=%body
   %splash_mha_fwd_residuals.7 = bf16[2,3,640,64]{3,2,1,0} custom-call(%queries, %queries, %queries), \

@@ -347,13 +347,13 @@ def _parse(line: str) -> Instruction | None:
 
 
 def _kernel_flops(instruction: Instruction, operands: list[Array], unit: int) -> int:
-    """Of an attention kernel: its products of queries and keys, `[B, H, T, D]`, which come after its mask's tables."""
+    """Of an attention kernel: its products of queries and keys, `[B, H, D, T]`, which come after its mask's tables."""
     products = next((n for name, n in KERNEL_PRODUCTS.items() if instruction.name.startswith(name)), None)
     if products is None:
         raise ValueError(f"kernel {instruction.name}: how many products it makes is not known; see KERNEL_PRODUCTS")
     query, key = [array for array in operands if len(array.dims) == 4 and array.dtype in ("bf16", "f32")][:2]
-    batch, heads, length, size = query.dims
-    return products * 2 * batch * heads * length * key.dims[2] * _filled(size, unit)
+    batch, heads, size, length = query.dims
+    return products * 2 * batch * heads * length * key.dims[3] * _filled(size, unit)
 
 
 def _filled(size: int, unit: int) -> int:
