@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unialign_jax.models.blocks import REMAT_POLICIES
+from unialign_jax.models.blocks import REMAT_POLICIES, Context, JointBlock
 from unialign_jax.models.unialign import Pass, TransformerConfig, UniAlign, axis_positions, time_features
 
 TINY = TransformerConfig(
@@ -196,6 +196,31 @@ def test_remat_changes_no_gradient():
     for policy in sorted(set(REMAT_POLICIES) - {"none"}):
         got = grad(params, policy)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * (1 + np.abs(b).max())), got, expected)
+
+
+def test_what_dots_keeps_of_attention_is_joined(capsys):
+    """The backward pass reads queries, keys and values of both streams in one array: neither is kept beside it."""
+    model, params = tiny()
+    block = JointBlock(model.config, jnp.float32, "xla", None)
+    one = {"params": jax.tree.map(lambda x: x[0], params["params"]["blocks"])}
+    width, heads = model.config.width, model.config.num_attention_heads
+    images, texts = jnp.ones((2, 16, width)), jnp.ones((2, 5, width))
+
+    def kept(policy):
+        def run(images, texts):
+            return block.apply(one, ([images], [texts]), [Context(jnp.ones((2, width)), None, None)])[0]
+
+        jax.ad_checkpoint.print_saved_residuals(jax.checkpoint(run, policy=REMAT_POLICIES[policy]), images, texts)
+        return [line for line in capsys.readouterr().out.splitlines() if "argument" not in line]
+
+    joined, apart = f"f32[2,21,{heads},{width // heads}]", (f"f32[2,16,{width}]", f"f32[2,5,{width}]")
+    dots = kept("dots")
+    assert sum(joined in line for line in dots) == 3, dots
+    for (
+        one_stream
+    ) in apart:  # what attention's output layer makes; an MLP's result is read for gradients of gates alone
+        assert sum(one_stream in line for line in dots) == 1, dots
+    assert not any(joined in line for line in kept("full"))
 
 
 def test_qk_norm_matches_its_definition():

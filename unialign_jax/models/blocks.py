@@ -180,7 +180,9 @@ class JointBlock(nn.Module):
         projected = [s.project(xs, m) for s, xs, m in zip(streams, carry, modulations, strict=True)]
         attended = []
         for image, text, context in zip(*projected, contexts, strict=True):
-            joint = attend(*map(join_tokens, zip(image, text, strict=True)), context.segments, backend=self.attention)
+            # Kept as products are: the backward pass reads them joined.
+            joined = [checkpoint_name(join_tokens(pair), PRODUCTS) for pair in zip(image, text, strict=True)]
+            joint = attend(*joined, context.segments, backend=self.attention)
             attended.append(split_tokens(joint, [image[0].shape[1], text[0].shape[1]]))
         parts = [list(part) for part in zip(*attended, strict=True)]
         carry = tuple(s.update(xs, p, m) for s, xs, p, m in zip(streams, carry, parts, modulations, strict=True))
