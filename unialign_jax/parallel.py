@@ -279,20 +279,33 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition(names, x.shape, mesh))
 
 
-def in_parts(call: Callable[[jax.Array], jax.Array], x: jax.Array, most: int) -> jax.Array:
-    """`call(x)` for a batch `[B, ...]` of independent samples, with no more than `most` on a device at a time.
+def in_parts(call: Callable[[Any], jax.Array], xs: Any, most: int) -> jax.Array:
+    """`call(xs)` for a batch of independent samples, with no more than `most` on a device at a time.
 
     One part after the other is worked off; each has samples of every device, so that none moves or waits.
+
+    Args:
+      call: takes such a tree of any batch to an array `[B, ...]`.
+      xs: array, or a tree of arrays, `[B, ...]`; other axes than the first may be split too, and stay so.
+      most: samples.
     """
     mesh = jax.sharding.get_abstract_mesh()
     devices = 1 if mesh.empty else batch_parts(mesh)
-    here = len(x) // devices
-    if len(x) % devices or here <= most:
-        return call(x)
+    batch = len(jax.tree.leaves(xs)[0])
+    here = batch // devices
+    if batch % devices or here <= most:
+        return call(xs)
     parts = next(n for n in range(1, here + 1) if here % n == 0 and here // n <= most)
-    split = jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
-    made = jax.lax.map(lambda part: call(constrain(part, "batch", *(None for _ in part.shape[1:]))), split)
-    return jnp.swapaxes(made, 0, 1).reshape(len(x), *made.shape[2:])
+
+    def stay(x: jax.Array) -> jax.Array:
+        if mesh.empty or mesh.size == 1:
+            return x
+        rest = (PartitionSpec.UNCONSTRAINED for _ in x.shape[1:])
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, *rest))
+
+    split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1), xs)
+    made = jax.lax.map(lambda part: call(jax.tree.map(stay, part)), split)
+    return jnp.swapaxes(made, 0, 1).reshape(batch, *made.shape[2:])
 
 
 def gathered(weight: jax.Array, names: Sequence[str | None]) -> jax.Array:

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from unialign_jax.models.layers import Dense, RMSNorm, matmul_precision
-from unialign_jax.parallel import constrain
+from unialign_jax.parallel import constrain, in_parts
+
+_WEIGHTS_BYTES = 2**25  # of attention weights at a time: two samples of 256 tokens with 64 heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,12 +124,18 @@ class _Block(nn.Module):
 def _attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) -> jax.Array:
     """Unscaled softmax attention of `[B, T, H, d_kv]` with an added float32 bias `[H, T, T]`.
 
-    It stands beside `attention.attend`, whose kernels take no bias: at a text's length there is nothing to gain.
+    It stands beside `attention.attend`, whose kernels take no bias. Weights are made for so many samples at a time as
+    a TPU's vector memory can hold: those of T5-XXL's 64 heads for a whole batch would go through its main memory.
     """
     precision = matmul_precision(query.dtype)
-    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, precision=precision, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(logits + bias, axis=-1).astype(query.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, value, precision=precision)
+
+    def some(rows: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        query, key, value = rows
+        logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, precision=precision, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(logits + bias, axis=-1).astype(query.dtype)
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, value, precision=precision)
+
+    return in_parts(some, (query, key, value), max(_WEIGHTS_BYTES // (4 * bias.size), 1))
 
 
 class T5Encoder(nn.Module):
