@@ -118,6 +118,8 @@ def test_kernels_are_found_and_their_products_filled_up_to_the_matrix_unit():
     kernel = steps_by_name(module)["splash_mha_fwd_residuals.7"]
     assert module.flops(kernel) == 2 * 2 * 2 * 3 * 640 * 640 * 64
     assert module.flops(kernel, unit=256) == 4 * module.flops(kernel)
+    one_sample = Module(TPU_PROGRAM.replace("bf16[2,3,64,640]{3,2,1,0", "bf16[3,64,640]{2,1,0"))
+    assert one_sample.flops(steps_by_name(one_sample)["splash_mha_fwd_residuals.7"]) == module.flops(kernel) // 2
     assert kernel.instruction.op_name == "jit(step)/attention"
 
 

@@ -347,13 +347,16 @@ def _parse(line: str) -> Instruction | None:
 
 
 def _kernel_flops(instruction: Instruction, operands: list[Array], unit: int) -> int:
-    """Of an attention kernel: its products of queries and keys, `[B, H, D, T]`, which come after its mask's tables."""
+    """Of an attention kernel: its products of queries and keys, `[B, H, D, T]`, without B where that is 1.
+
+    They are its first operands but for the mask's tables, which are of integers.
+    """
     products = next((n for name, n in KERNEL_PRODUCTS.items() if instruction.name.startswith(name)), None)
     if products is None:
         raise ValueError(f"kernel {instruction.name}: how many products it makes is not known; see KERNEL_PRODUCTS")
-    query, key = [array for array in operands if len(array.dims) == 4 and array.dtype in ("bf16", "f32")][:2]
-    batch, heads, size, length = query.dims
-    return products * 2 * batch * heads * length * key.dims[3] * _filled(size, unit)
+    query, key = [array for array in operands if array.dtype in ("bf16", "f32")][:2]
+    *rows, size, length = query.dims
+    return products * 2 * math.prod(rows) * length * key.dims[-1] * _filled(size, unit)
 
 
 def _filled(size: int, unit: int) -> int:
