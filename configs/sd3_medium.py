@@ -8,7 +8,7 @@ The stage `published` has the values of the public training configuration, the o
 stages of the paper's curriculum differ from it only in mixtures and lengths, of which nothing is published.
 
     python launch/train.py --config=configs/sd3_medium.py:all --workdir=runs/sd3 --config.data.root=DIRECTORY \\
-        --config.strategy=data+fsdp=16 --config.data.global_batch=1024 --config.remat=attention
+        --config.strategy=data+fsdp=64 --config.data.global_batch=1024 --config.remat=attention
 
 That is for 256 chips; docs/pods.md tells how to ask whether something fits, docs/finetuning.md what one GPU can do.
 

@@ -157,7 +157,7 @@ def test_images_and_buckets_that_the_networks_can_not_take_are_refused(changes, 
 # Snapshots of how every leaf of the published size is split: a change of the plan shows as a difference of files.
 PLANS = [
     ("fsdp", 256),
-    ("data+fsdp=16", 256),
+    ("data+fsdp=64", 256),
     ("fsdp+tensor", 256),
     ("fsdp+sequence", 256),
     ("data=2+fsdp+tensor=8", 512),

@@ -171,7 +171,7 @@ def test_what_all_stages_of_the_published_size_share_is_set_once():
     config.update_from_flattened_dict(
         {
             "init": "gs://b/converted",
-            "strategy": "data+fsdp=16",
+            "strategy": "data+fsdp=64",
             "remat": "attention",
             "micro_batches": 2,
             "data.root": "gs://b/rows",
@@ -181,7 +181,7 @@ def test_what_all_stages_of_the_published_size_share_is_set_once():
     for name, stage in config.stages.items():
         run = read(stage, name)
         assert (run.strategy, run.remat, run.micro_batches, run.data.global_batch) == (
-            "data+fsdp=16",
+            "data+fsdp=64",
             "attention",
             2,
             1024,
