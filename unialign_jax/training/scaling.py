@@ -26,13 +26,13 @@ class Case:
     topology: str
     chips: int
     batch: int
-    remat: str
+    remat: str = "dots+attention"
     slices: int = 1
     program: str = "train"
     stage: str = "unify"
     source: str = "generate"
     side: int = 512
-    strategy: str = "data+fsdp=16"
+    strategy: str = "data+fsdp=64"
 
     @property
     def name(self) -> str:
@@ -64,29 +64,24 @@ TOPOLOGIES = (
 )
 
 
-def _cases(batches: tuple[int, ...], remats: tuple[str, ...], **kind: Any) -> tuple[Case, ...]:
-    """One case for each of `TOPOLOGIES`, with its batch per chip and policy."""
+def _cases(*batches: int, **kind: Any) -> tuple[Case, ...]:
+    """One case for each of `TOPOLOGIES`, with its batch per chip."""
     return tuple(
-        Case(topology, chips, batch, remat, slices=slices, **kind)
-        for (topology, chips, slices), batch, remat in zip(TOPOLOGIES, batches, remats, strict=True)
+        Case(topology, chips, batch, slices=slices, **kind)
+        for (topology, chips, slices), batch in zip(TOPOLOGIES, batches, strict=True)
     )
 
 
-# v5e and v6e have too little memory to keep products at a batch that their network can hide behind.
-_REMATS = ("attention+mlp", "dots+attention", "attention+mlp", "dots+attention", "attention+mlp")
 CASES = (
-    *_cases((8, 16, 16, 32, 8), _REMATS),
-    # What keeping the MLPs' results saves.
-    Case("v5e:16x16", 256, 8, "attention"),
-    Case("v6e:16x16", 256, 16, "attention"),
-    # The same work per chip on 16 chips.
-    Case("v5p:2x2x4", 16, 16, "dots+attention"),
-    Case("v6e:4x4", 16, 16, "attention"),
-    *_cases((4, 10, 8, 20, 4), _REMATS, source="edit"),
-    *_cases((3, 10, 6, 12, 3), _REMATS, stage="personalize", source="compose"),
-    *_cases((2, 4, 4, 8, 2), _REMATS, side=1024),
-    # A sampler recomputes nothing: the policies are in its files' names alone.
-    *_cases((8, 16, 8, 32, 8), ("attention", "dots+attention") * 2 + ("attention",), program="sample"),
+    *_cases(4, 8, 4, 8, 4),
+    # The same work per chip, split alike, on 256 chips and on 16.
+    Case("v5e:16x16", 256, 4, strategy="data+fsdp=16"),
+    Case("v5e:4x4", 16, 4, strategy="data+fsdp=16"),
+    *_cases(3, 8, 3, 6, 3, source="edit"),
+    *_cases(2, 4, 2, 4, 2, stage="personalize", source="compose"),
+    *_cases(1, 2, 1, 2, 1, side=1024),
+    # A sampler recomputes nothing: the policy is in its file's name alone.
+    Case("v6e:16x16", 256, 8, program="sample"),
 )
 
 
