@@ -216,10 +216,8 @@ def test_what_dots_keeps_of_attention_is_joined(capsys):
     joined, apart = f"f32[2,21,{heads},{width // heads}]", (f"f32[2,16,{width}]", f"f32[2,5,{width}]")
     dots = kept("dots")
     assert sum(joined in line for line in dots) == 3, dots
-    for (
-        one_stream
-    ) in apart:  # what attention's output layer makes; an MLP's result is read for gradients of gates alone
-        assert sum(one_stream in line for line in dots) == 1, dots
+    # Of one stream, what attention's output layer makes; an MLP's result is read for gradients of gates alone.
+    assert all(sum(one_stream in line for line in dots) == 1 for one_stream in apart), dots
     assert not any(joined in line for line in kept("full"))
 
 

@@ -43,7 +43,8 @@ def block_sides(queries: int, keys: int, head_size: int, itemsize: int) -> tuple
     ]
     pads = rows % sides[0] or columns % sides[1]
     long = [side for side in range(2 * largest - 1, largest, -1) if columns % side == 0]
-    if pads and long and rows % 2 == 0 and largest > 4:
+    narrow = largest == _largest_block(LANES, 2)  # of wide heads, so many keys were not compiled for the smallest chips
+    if pads and long and rows % 2 == 0 and narrow:
         sides = [2, long[0]]
     return sides[0] * LANES, sides[1] * LANES
 
