@@ -116,11 +116,9 @@ seen["long"] = [len(text) for text in agreement.gather("x" * (3000 * index))]
 seen["missing"] = refusal(lambda: Checkpoints(directory + "-none", read_only=True))
 import unialign_jax.checkpoints as module
 from etils import epath
-class Blind(type(epath.Path("/"))):
-    def is_dir(self):
-        return index == 0 and super().is_dir()
-module.storage.absolute = lambda path: Blind(path)
+module.storage.absolute = lambda path: epath.Path(path) / f"disk {index}" / "checkpoints"
 seen["blind"] = refusal(lambda: Checkpoints(directory + "-local"))
+seen["left"] = [path.name for path in pathlib.Path(directory + "-local").glob("*/*.seen-*")]
 """
 
 RESTORE = """
@@ -210,21 +208,25 @@ def test_another_mesh_on_more_processes_restores_the_same_bits(history):
 
 def test_what_one_process_finds_wrong_all_refuse_alike(history):
     first, second = history[1]
-    alone = {"unknown": None, "background": None}
+    alone = {"unknown": None}
     assert first | alone == second | alone
     assert first["damaged"][0] == "DamagedCheckpoint"
     assert "40 is damaged here. The newest good step before it is 30" in first["damaged"][1]
     assert first["refused"] == ["CheckpointError", "process 1 does not want it"]
     assert first["missing"][0] == "FileNotFoundError"
-    assert first["blind"][0] == "FileNotFoundError" and "no such checkpoint directory on process 1" in first["blind"][1]
+    assert first["blind"][0] == "FileNotFoundError" and not first["left"]
+    assert "on process 1 is not that of process 0" in first["blind"][1]
 
 
 def test_an_error_of_an_unknown_kind_ends_all_too(history):
     first, second = history[1]
     assert first["unknown"] == ["FailedElsewhere", "process 1 failed: LookupError: unknown"]
     assert second["unknown"] == ["LookupError", "unknown"]
-    assert first["background"] == "process 1 failed: OSError: quota exceeded"
-    assert second["background"] == "quota exceeded"
+
+
+def test_what_one_process_can_not_write_all_are_told(history):
+    for seen in history[1]:
+        assert "a step could not be written (OSError: quota exceeded)" in seen["background"]
 
 
 def test_processes_save_one_step_together(history):

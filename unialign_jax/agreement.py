@@ -50,7 +50,7 @@ def everywhere(call: Callable[[], T], *errors: type[Exception]) -> T:
     failed = [index for index, outcome in enumerate(outcomes) if outcome is not None]
     if not failed:
         return result
-    causes = [index for index in failed if not _is_timeout(*outcomes[index][:2])]
+    causes = [index for index in failed if not _tells_timeout(*outcomes[index][:2])]
     first = (causes or failed)[0]
     if first == jax.process_index():
         raise failure
@@ -65,12 +65,17 @@ def everywhere(call: Callable[[], T], *errors: type[Exception]) -> T:
 
 def cause_of(error: Exception) -> Exception:
     """What an error followed from, if it is itself no more than that another process was waited for in vain."""
-    while _is_timeout(type(error).__name__, str(error)) and isinstance(error.__context__, Exception):
+    while is_timeout(error) and isinstance(error.__context__, Exception):
         error = error.__context__
     return error
 
 
-def _is_timeout(name: str, message: str) -> bool:
+def is_timeout(error: Exception) -> bool:
+    """Whether it says no more than that something was waited for in vain."""
+    return _tells_timeout(type(error).__name__, str(error))
+
+
+def _tells_timeout(name: str, message: str) -> bool:
     return name == "TimeoutError" or "DEADLINE_EXCEEDED" in message
 
 

@@ -34,6 +34,7 @@ from unialign_jax.saved_step import (
     DamagedCheckpoint,
     SavedStep,
     WrongArchitecture,
+    brief,
     checksums,
     saved_steps,
 )
@@ -49,7 +50,9 @@ class Replaced(CheckpointError):
 _SHARED = (CheckpointError, WrongArchitecture, DamagedCheckpoint, Replaced, FileNotFoundError)
 
 
-_WRITING = 300  # seconds that a process waits for the others at the end of a background write
+# Seconds for a background write, both files and waiting for the other processes: 34 GB of one host at 20 MB/s. If a
+# process fails at it, the others wait so long.
+_WRITING = 1800
 
 
 class _Manager(ocp.CheckpointManager):
@@ -72,7 +75,8 @@ class Checkpoints:
         this moment is not disturbed.
 
     Raises:
-      FileNotFoundError: `read_only` and no such directory; or a process does not see the one that process 0 has made.
+      FileNotFoundError: `read_only` and no such directory; or a process does not see the one that process 0 has made,
+        or sees another of that name.
     """
 
     def __init__(
@@ -88,9 +92,9 @@ class Checkpoints:
         self._claim, self._token = self.directory.parent / f"{self.directory.name}.claim", None
         if not read_only:
             agreement.primary(lambda: self.directory.mkdir(parents=True, exist_ok=True), *_SHARED)
-        # In an object store an empty directory is nothing that could be seen.
-        if read_only or not storage.is_remote(self.directory):
-            agreement.everywhere(self._check_visible, *_SHARED)
+            self._check_shared()
+        else:
+            agreement.everywhere(self._check_there, *_SHARED)
         if not read_only:
             items = {"state": ocp.StandardCheckpointHandler()}
             items |= {name: ocp.JsonCheckpointHandler() for name in ("data", "meta")}
@@ -285,9 +289,12 @@ class Checkpoints:
         """
         token = uuid.uuid4().hex
         storage.write_whole(self._claim, token.encode())
+        self._remove_leftovers()
+        return token
+
+    def _remove_leftovers(self) -> None:
         for leftover in ocp.utils.tmp_checkpoints(self.directory):
             leftover.get().rmtree()
-        return token
 
     def _check_claim(self) -> None:
         """Of two runs the newest has the directory, and may have removed the other's unfinished step."""
@@ -297,10 +304,30 @@ class Checkpoints:
                 "--workdir for each"
             )
 
-    def _check_visible(self) -> None:
+    def _check_there(self) -> None:
         if not self.directory.is_dir():
             here = f" on process {jax.process_index()}" if jax.process_count() > 1 else ""
             raise FileNotFoundError(f"{self.directory}: no such checkpoint directory{here}")
+
+    def _check_shared(self) -> None:
+        """Refuses a directory that hosts have each for themselves: all must see a file that process 0 puts there."""
+        if jax.process_count() == 1:
+            return
+        name = agreement.primary(lambda: f"{self.directory.name}.seen-{uuid.uuid4().hex}")
+        file = self.directory.parent / name
+
+        def check() -> None:
+            if not file.exists():
+                raise FileNotFoundError(
+                    f"{self.directory} on process {jax.process_index()} is not that of process 0: give all one "
+                    "--workdir, on a disk that they share or gs://"
+                )
+
+        agreement.primary(lambda: file.write_text("All processes must see this.\n") and None, *_SHARED)
+        try:
+            agreement.everywhere(check, *_SHARED)
+        finally:
+            agreement.primary(file.unlink, *_SHARED)
 
     def _settle(self) -> None:
         """Waits for the save before this one, and forgives it one failure."""
@@ -313,6 +340,8 @@ class Checkpoints:
                 raise
             self._lost = True
             logging.error("%s: the save before failed, so this one is tried: %s", self.directory, error)
+            if not agreement.is_timeout(error):  # after one, files may still be on their way
+                agreement.primary(self._remove_leftovers, *_SHARED)
             self._manager.reload()
         else:
             self._lost = False
@@ -324,7 +353,13 @@ class Checkpoints:
         except Exception as error:
             self._check_claim()  # if it is another run's doing, this says so
             # After a failure Orbax waits for the other processes, and fails at that.
-            raise agreement.cause_of(error) from None
+            cause = agreement.cause_of(error)
+            if isinstance(cause, (OSError, ValueError)) and not agreement.is_timeout(cause):
+                raise CheckpointError(
+                    f"{self.directory}: a step could not be written ({brief(cause)}); see to the disk or store and "
+                    "start again: it goes on from the newest complete step"
+                ) from cause
+            raise cause from None
 
     def _close(self) -> None:
         if self._manager is not None:

@@ -10,13 +10,12 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from unialign_jax import storage
 from unialign_jax.tree_checks import checksum, describe_differences, flat_leaves
 
 PARTS = ("params", "opt_state", "ema")
 CHECKSUMS = "checksums"  # in the step's meta
-# What Orbax, TensorStore and json raise for files that are missing, cut short or altered.
-_READ_ERRORS = (ValueError, OSError, KeyError, TypeError)
-# Of these, what tells of damage; others come of a disk or a store that does not answer, or not to us.
+# Of errors in reading, what tells of damage; others come of a disk or a store that does not answer, or not to us.
 _DAMAGE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 # How TensorStore says the same; after its own attempts it calls all that may pass ABORTED.
 _PASSING = ("ABORTED", "UNAVAILABLE", "PERMISSION_DENIED", "UNAUTHENTICATED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
@@ -55,17 +54,14 @@ class SavedStep:
           DamagedCheckpoint: as all methods.
         """
         meta = self._json("meta")
-        try:
+        with storage.reading(self.damaged):
             return meta, meta.pop(CHECKSUMS)
-        except _READ_ERRORS as error:
-            raise self.damaged(error) from error
 
     def data_state(self) -> Any:
         """The state of the data iterator."""
-        try:
-            return self._json("data")["iterator"]
-        except _READ_ERRORS as error:
-            raise self.damaged(error) from error
+        saved = self._json("data")
+        with storage.reading(self.damaged):
+            return saved["iterator"]
 
     def state(self, abstract_state: Any) -> Any:
         """The whole state, where the leaves of `abstract_state` say.
@@ -74,11 +70,9 @@ class SavedStep:
           WrongArchitecture: names, shapes or dtypes differ; the message lists them.
         """
         self._check_same(self._leaves(), flat_leaves(abstract_state))
-        try:
-            args = ocp.args.StandardRestore(_with_shardings(abstract_state))
+        args = ocp.args.StandardRestore(_with_shardings(abstract_state))
+        with storage.reading(self.damaged):
             return ocp.StandardCheckpointHandler().restore(self.path / "state", args=args)
-        except _READ_ERRORS as error:
-            raise self.damaged(error) from error
 
     def params(self, abstract_params: Mapping[str, Any] | None, which: str) -> Any:
         """`params` or `ema` alone, of the networks in `abstract_params` (None: all, on the first local device).
@@ -98,28 +92,22 @@ class SavedStep:
         args = ocp.args.PyTreeRestore(
             item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
         )
-        try:
+        with storage.reading(self.damaged):
             return ocp.PyTreeCheckpointHandler().restore(self.path / "state", args=args)[which]
-        except _READ_ERRORS as error:
-            raise self.damaged(error) from error
 
     def damaged(self, cause: Exception | str) -> CheckpointError:
         """The error that says so; or, of a cause that may pass, that it can't be read now."""
         if _may_pass(cause):
-            return CheckpointError(f"{self.path} can't be read now ({_short(cause)}): start again when it can")
-        return DamagedCheckpoint(f"{self.path} is damaged ({_short(cause)})")
+            return CheckpointError(f"{self.path} can't be read now ({brief(cause)}): start again when it can")
+        return DamagedCheckpoint(f"{self.path} is damaged ({brief(cause)})")
 
     def _json(self, item: str) -> Any:
-        try:
+        with storage.reading(self.damaged):
             return ocp.JsonCheckpointHandler().restore(self.path / item)
-        except _READ_ERRORS as error:
-            raise self.damaged(error) from error
 
     def _leaves(self) -> dict[tuple[str, ...], Any]:
-        try:
+        with storage.reading(self.damaged):
             return flat_leaves(ocp.StandardCheckpointHandler().metadata(self.path / "state").tree)
-        except _READ_ERRORS as error:
-            raise self.damaged(error) from error
 
     def _check_same(self, saved: dict, wanted: dict, prefix: str = "") -> None:
         if differences := describe_differences(saved, wanted, prefix):
@@ -141,16 +129,17 @@ def checksums(tree: Any) -> Any:
     return checksum(tree)
 
 
+def brief(cause: Exception | str) -> str:
+    """An error's class and message, or a text, in a line of some 300 characters."""
+    text = cause if isinstance(cause, str) else f"{type(cause).__name__}: {cause}"
+    text = " ".join(text.split())
+    return text if len(text) <= 300 else text[:300] + "…"
+
+
 def _may_pass(cause: Exception | str) -> bool:
     if isinstance(cause, OSError):
         return not isinstance(cause, _DAMAGE)
     return any(word in str(cause) for word in _PASSING)
-
-
-def _short(cause: Exception | str) -> str:
-    text = cause if isinstance(cause, str) else f"{type(cause).__name__}: {cause}"
-    text = " ".join(text.split())
-    return text if len(text) <= 300 else text[:300] + "…"
 
 
 def _with_shardings(tree: Any) -> Any:

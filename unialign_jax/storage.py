@@ -13,11 +13,13 @@ import posixpath
 import re
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO
 
 import fsspec
 from etils import epath
+
+from unialign_jax.typed import WrongValue
 
 # gcsfs would ask over gRPC what kind each bucket is, for features that nothing here uses, and where no gRPC gets
 # through wait for half a minute each time. It looks when it is imported.
@@ -35,6 +37,8 @@ logging.getLogger("gcsfs").addFilter(lambda record: record.module != "retry")
 _CLIENTS = ("gcsfs", "google.auth", "google.api_core", "aiohttp")
 _PARTIAL = ".partial-"  # in the name of a file that is being written, before 32 hexadecimal digits
 _READ_AHEAD = 8 * 2**20  # bytes of a remote file that are fetched at once
+# What Orbax, TensorStore and json raise for files that are missing, cut short or altered.
+_READ_ERRORS = (ValueError, OSError, KeyError, TypeError)
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -42,19 +46,35 @@ def is_remote(path: epath.PathLike) -> bool:
     return "://" in str(path)
 
 
+@contextlib.contextmanager
+def reading(refusal: Callable[[Exception], Exception]) -> Iterator[None]:
+    """Of what Orbax, TensorStore and json raise within, for files that are missing, cut short or altered, raises
+    `refusal` instead.
+    """
+    try:
+        yield
+    except _READ_ERRORS as error:
+        raise refusal(error) from error
+    except Exception as error:
+        # Around what a reader of arrays raises, Orbax puts an exception of no class of its own.
+        if type(error) is not Exception or not isinstance(error.__cause__, _READ_ERRORS):
+            raise
+        raise refusal(error.__cause__) from error
+
+
 def absolute(path: epath.PathLike) -> epath.Path:
     """The path with `~` expanded; a local one absolute.
 
     Raises:
-      ValueError: it is in Google Cloud Storage, whose client is not installed, or in a store of another kind.
+      WrongValue: it is in Google Cloud Storage, whose client is not installed, or in a store of another kind.
     """
     if is_remote(path):
         if not str(path).startswith("gs://"):
-            raise ValueError(f"{path}: expected a local path or gs://; copy it to one of them")
+            raise WrongValue(f"{path}: expected a local path or gs://; copy it to one of them")
         try:
             fsspec.get_filesystem_class("gcs")
         except ImportError as error:
-            raise ValueError(f"{path}: gs:// needs another package: pip install 'unialign_jax[gcs]'") from error
+            raise WrongValue(f"{path}: gs:// needs another package: pip install 'unialign_jax[gcs]'") from error
     return epath.Path(path) if is_remote(path) else epath.Path(path).expanduser().resolve()
 
 

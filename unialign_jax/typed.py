@@ -9,6 +9,12 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
+class WrongValue(ValueError):
+    """A value, given by flag or config, that can't be used. The message names it and says what was expected."""
+
+    final = True  # see `cli.run`
+
+
 def build(kind: type[T], fields: Any, name: str = "", *, error: type[ValueError] = ValueError, unset: str = "") -> T:
     """A dataclass with the values of a mapping; sections that are dataclasses themselves are built likewise.
 

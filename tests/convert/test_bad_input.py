@@ -344,10 +344,11 @@ def test_damaged_converted_directories(pipeline, tmp_path, edit_json):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     text = message()
     assert f"{converted / 'transformer'}: " in text and "cannot be read" in text
+    read = lambda: convert.restore_network(converted, "transformer")  # noqa: E731
+    assert f"{converted / 'transformer'} cannot be read" in message(read)
     for file in (converted / "transformer/d").iterdir():
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     assert f"{converted / 'transformer'} cannot be read" in message()
-    read = lambda: convert.restore_network(converted, "transformer")  # noqa: E731
     assert f"{converted / 'transformer'} cannot be read" in message(read)
     shutil.rmtree(converted / "transformer")
     assert f"{converted / 'transformer'} cannot be read" in message(read)

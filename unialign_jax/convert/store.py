@@ -10,6 +10,7 @@ network are larger than the memory that a conversion may take.
 
 import asyncio
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -31,8 +32,6 @@ SAMPLING_FILE = "sampling.json"  # in a public pipeline directory: what `model.j
 HEADER = {"format": "unialign_jax", "version": 1}
 # Arrays are stored in chunks of at most this size, so that a host which holds a shard reads little beside it.
 CHUNK_BYTES = 64 * 2**20
-# What Orbax and TensorStore raise for files that are missing, cut short or altered.
-_READ_ERRORS = (ValueError, OSError, KeyError, TypeError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,10 +144,8 @@ class StoredLeaf:
         return self.array.dtype.numpy_dtype
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        try:
+        with storage.reading(functools.partial(_unreadable, self.path)):
             return self.array[index].read().result()
-        except _READ_ERRORS as error:
-            raise _unreadable(self.path, error) from error
 
 
 def open_network(directory: epath.PathLike, network: str) -> dict[str, StoredLeaf]:
@@ -159,7 +156,7 @@ def open_network(directory: epath.PathLike, network: str) -> dict[str, StoredLea
     """
     directory = storage.absolute(directory)
     path = directory / network
-    try:
+    with storage.reading(functools.partial(_unreadable, path)):
         metadata = ocp.PyTreeCheckpointHandler().metadata(path)
         use_ocdbt = ocp.type_handlers.is_ocdbt_checkpoint(path)
         context = ocp.type_handlers.get_ts_context(use_ocdbt=use_ocdbt)
@@ -175,8 +172,6 @@ def open_network(directory: epath.PathLike, network: str) -> dict[str, StoredLea
             spec = ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=use_ocdbt)
             array = ts.open(ts.Spec(spec), open=True, context=context).result()
             leaves["/".join(keys)] = StoredLeaf(array, f"{path}: {'/'.join(keys)}")
-    except _READ_ERRORS as error:
-        raise _unreadable(path, error) from error
     found = {name: leaf.shape for name, leaf in leaves.items()}
     rows = names.table(network, read_config(directory)[network])
     problems = differences(rows, found)
@@ -273,11 +268,9 @@ def restore_network(
             shardings,
         )
     path = storage.absolute(directory) / network
-    try:
+    with storage.reading(functools.partial(_unreadable, path)):
         # Not through a Checkpointer: that waits for the other processes, of which one may have failed.
         return ocp.PyTreeCheckpointHandler().restore(path, args=ocp.args.PyTreeRestore(restore_args=args))
-    except _READ_ERRORS as error:
-        raise _unreadable(path, error) from error
 
 
 def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
