@@ -18,6 +18,7 @@ HELP = (
 )
 # What compiles faster than this is not worth a file.
 _MIN_SECONDS = 0.3
+_XLA_CACHES = "xla_gpu_per_fusion_autotune_cache_dir"  # JAX's default
 
 
 def default_directory() -> str:
@@ -27,7 +28,8 @@ def default_directory() -> str:
 
 
 def enable(directory: str | None) -> None:
-    """Uses the cache in `directory`, local or `gs://`; on several CPU devices, none.
+    """Uses the cache in `directory`, local or `gs://`; on several CPU devices, none, and by several processes with GPUs
+    none that is not named.
 
     Must come before anything is compiled, and after the processes have met.
 
@@ -40,10 +42,19 @@ def enable(directory: str | None) -> None:
     """
     import jax  # late: commands refuse wrong flags without loading it
 
+    from unialign_jax import storage  # late: it loads clients of object stores
+
     unordered = jax.default_backend() == "cpu" and jax.device_count() > 1
     if directory == "" or unordered:
         if unordered:
             logging.info("programs for several CPU devices are compiled anew: read from a cache, they could hang")
+        jax.config.update("jax_compilation_cache_dir", None)
+        return
+    named = directory is not None or "JAX_COMPILATION_CACHE_DIR" in os.environ
+    if not named and jax.default_backend() == "gpu" and jax.process_count() > 1:
+        # Process 0 alone writes to it. On another host the program would be compiled again, and XLA, which has the
+        # processes divide the tuning among them, would wait there for a share that process 0 has no cause to make.
+        logging.warning("programs are compiled anew: name a --compilation_cache that all hosts share to keep them")
         jax.config.update("jax_compilation_cache_dir", None)
         return
     path = epath.Path(default_directory() if directory is None else directory).expanduser()
@@ -55,4 +66,6 @@ def enable(directory: str | None) -> None:
         logging.warning("programs are compiled anew by every process, no cache: %s", error)
         return
     jax.config.update("jax_compilation_cache_dir", str(path))
+    # XLA for GPUs keeps its own tuning in a directory of the cache, and knows local ones only.
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none" if storage.is_remote(path) else _XLA_CACHES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_SECONDS)
