@@ -1,4 +1,4 @@
-"""Puts a recipe's run and scores of its models on one HTML page.
+r"""Puts a recipe's run and scores of its models on one HTML page.
 
     python launch/report.py --workdir=runs/scenes --stages=pretrain,unify,personalize \
         --scores="this run=runs/scores" --output=runs/report

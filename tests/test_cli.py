@@ -37,10 +37,12 @@ TINY = "--config=configs/photos_tiny.py"
     [
         ((TINY, "--config.setps=3"), ("--config.setps=3", "no key 'setps'", "did you mean 'steps'")),
         ((TINY, "--config.optimizer.rate=3"), ("--config.optimizer.rate=3", "no key 'rate'")),
+        ((TINY, "--config.optimizer.rate=3"), ("stages", "--config.stages.STAGE.optimizer.rate")),
+        ((TINY, "--profile_steps=5-9"), ("--profile_steps=5-9: expected START:STOP",)),
         ((TINY, "--config.steps=many"), ("--config.steps", "many")),
         ((TINY, "--config.steps=1.5"), ("--config.steps", "1.5")),
         ((TINY, "--config.log=3"), ("--config.log", "not a dict")),
-        ((TINY + ":nonsense",), ("no stage 'nonsense'; this config has photos",)),
+        ((TINY + ":nonsense",), ("error: no stage 'nonsense'; this config has photos",)),
         (("--config=configs/nowhere.py",), ("config file 'configs/nowhere.py' does not exist",)),
         ((TINY, "--config.steps=3", "--nonsense=3"), ("nonsense",)),
         ((TINY, "runs/photos"), ("unexpected argument 'runs/photos'",)),

@@ -121,7 +121,8 @@ def _message(error: Exception) -> str:
         return f"config file {missing.group(1)!r} does not exist"
     # The error of a config file that raises holds its whole traceback; the last line of that says what is wrong.
     if "Traceback (most recent call last)" in text:
-        return next(line for line in reversed(text.splitlines()) if line.strip())
+        last = next(line for line in reversed(text.splitlines()) if line.strip())
+        return re.sub(r"^\w*Error: ", "", last)
     return text
 
 
@@ -133,9 +134,12 @@ def _wrong_override(message: str, arguments: list[str]) -> str:
     hint = re.search(r'Did you mean "(\w+)"', message)
     if not typed:
         return message
-    return f"{typed[0]}: the config has no key {key.group(1)!r}" + (
-        f"; did you mean {hint.group(1)!r}?" if hint else ""
-    )
+    if hint:
+        meant = f"did you mean {hint.group(1)!r}?"
+    else:
+        of_stage = typed[0].split("=")[0].replace("--config.", "--config.stages.STAGE.", 1)
+        meant = f"where it has several stages, the keys of one are set as {of_stage}"
+    return f"{typed[0]}: the config has no key {key.group(1)!r}; {meant}"
 
 
 def _raised_by_us(error: BaseException) -> bool:

@@ -26,6 +26,8 @@ from jax._src import distributed as jax_distributed  # the coordination service'
 from jax._src.lib import _jax
 from jax.experimental import multihost_utils
 
+from unialign_jax.typed import WrongValue
+
 # Seconds by which the processes outwait the coordinator, which says who is missing.
 _MARGIN = 20
 # Seconds that a process which ends waits for the others: one that failed should say so soon, not after JAX's 300.
@@ -145,15 +147,15 @@ def _placement(
             return None
     if missing := [f"--{name}" for name, value in given.items() if value is None]:
         told = ", ".join(f"--{name}={value}" for name, value in given.items() if value is not None)
-        raise ValueError(
+        raise WrongValue(
             f"{told} without {' and '.join(missing)}: give all three, or none on Cloud TPU, SLURM and Open MPI 4"
         )
     address, total, number = given.values()
     if total < 1 or not 0 <= number < total:
-        raise ValueError(f"--process_id={number} with --num_processes={total}: expected 0 to their number - 1")
+        raise WrongValue(f"--process_id={number} with --num_processes={total}: expected 0 to their number - 1")
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
-        raise ValueError(f"--coordinator={address} is not of the form host:port, such as 10.0.0.2:8476")
+        raise WrongValue(f"--coordinator={address} is not of the form host:port, such as 10.0.0.2:8476")
     return address, total, number
 
 

@@ -64,7 +64,14 @@ def _locate(path: epath.Path) -> epath.Path:
         return path
     stages = sorted(p.parent.name for p in path.glob("*/checkpoints")) if path.is_dir() else []
     if stages:
-        raise FileNotFoundError(f"{path} holds several stages of a run; name one: {', '.join(stages)}")
+        raise FileNotFoundError(f"{path} holds a run's stages; name one: {', '.join(f'{path}/{s}' for s in stages)}")
+    if path.name == "checkpoints" and saved_steps(path):
+        raise FileNotFoundError(
+            f"{path} holds the steps of a stage; name the stage, {path.parent}, or one of its steps"
+        )
+    if path.name.isdigit() and path.parent.name == "checkpoints" and path.parent.is_dir():
+        there = ", ".join(map(str, saved_steps(path.parent))) or "none"
+        raise FileNotFoundError(f"{path.parent}: no step {path.name}; there are {there}")
     if is_public(path):
         raise FileNotFoundError(
             f"{path} is a public pipeline directory, from which nothing can start as it is; convert it first: "

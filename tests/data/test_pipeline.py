@@ -261,9 +261,11 @@ def test_configurations_that_make_no_batches(write_rows):
         config()
     with pytest.raises(ValueError, match="rows.jsonl: weight is 0"):
         config(SourceConfig(path, weight=0))
+    with pytest.raises(ValueError, match="rows.jsonl: no task 'describe'; the tasks are generate"):
+        config(SourceConfig(path, task="describe"))
     with pytest.raises(ValueError, match="rows.jsonl: references is -1"):
         config(SourceConfig(path, references=-1))
-    with pytest.raises(CorpusError, match=r"rows.jsonl: 5 rows don't fill one batch; lower global_batch \(6\)"):
+    with pytest.raises(CorpusError, match=r"rows.jsonl: 5 rows don't fill one batch; lower data.global_batch \(6\)"):
         make_batches(config(path, batch=6), Bytes())
     for slots in (range(0), range(2, 5), range(-1, 2), range(4, 6)):
         with pytest.raises(ValueError, match=f"slots is {re.escape(str(tuple(slots)))}, expected a part"):

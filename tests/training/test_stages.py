@@ -206,7 +206,10 @@ def test_a_stage_that_went_back_does_so_once(finished, corpus, tmp_path):
     ("change", "message"),
     [
         ({"data.sources.edit.path": "absent.jsonl"}, "absent.jsonl: expected a file of JSON rows, found no such file"),
-        ({"data.global_batch": 16}, "8 rows don't fill one batch; lower global_batch .16., or leave .* weight of 0"),
+        (
+            {"data.global_batch": 16},
+            "8 rows don't fill one batch; lower data.global_batch .16., or leave .* weight of 0",
+        ),
         ({"data.global_batch": 3, "micro_batches": 2}, "global batch of 3 cannot be split .* 2 micro-batch"),
     ],
 )

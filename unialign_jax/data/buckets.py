@@ -184,12 +184,23 @@ def _measure(source: Source, row: int) -> tuple[int, int]:
         return _NOT_THERE if refused.cause == Cause.MISSING_IMAGE else (0, 0)
 
 
+def _trouble(source: Source) -> str:
+    """What keeps the first row from being used."""
+    try:
+        images.upright_size(source[0].target)
+    except Refused as refused:
+        return f"{source.place(0)}: {refused}"
+    return f"{source.place(0)}: its image has no size"
+
+
 def main() -> None:
     config = SourceConfig(
         *(_SOURCE.value, _FORMAT.value, _TASK.value), split=_SPLIT.value, fields=_FIELDS(), data_dir=_DATA_DIR.value
     )
     source = open_source(config)
     sizes = target_sizes(source)
+    if not sizes.any():
+        raise CorpusError(f"{source.path}: none of {len(sizes)} rows can be used; the first, {_trouble(source)}")
     print(f"{len(sizes)} rows, of which {int((sizes.min(axis=1) == 0).sum())} can't be used: {source.sizes_path}")
 
 

@@ -130,8 +130,15 @@ class _Rows:
         self._file, self._unit = file, unit
         try:
             starts, ends, numbers, self._checksum = make_index(file)
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            raise CorpusError(f"{file}: expected a file of JSON rows, found no such file") from None
+        except IsADirectoryError:
+            raise CorpusError(
+                f"{file}: expected a file of JSON rows, found a directory (of tars, format 'webdataset')"
+            ) from None
+        except (FileNotFoundError, NotADirectoryError):
+            raise CorpusError(
+                f"{file}: expected a file of JSON rows, found no such file; in a config, data.sources.NAME.path names "
+                "it, relative to data.root"
+            ) from None
         except (ValueError, RecursionError) as error:
             raise CorpusError(f"{file}: expected an array of JSON objects: {error}") from None
         self._starts, self._lengths = starts, (ends - starts).astype(np.uint32)

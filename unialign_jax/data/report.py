@@ -15,6 +15,12 @@ class CorpusError(ValueError):
     """A source that can't be trained on as it is. The message names the file and says what to do."""
 
 
+class TooFewRows(CorpusError):
+    """A source's rows don't fill one batch."""
+
+    final = True  # see `cli.run`
+
+
 class TooManyRefused(CorpusError):
     """More rows of a source can't be used than are allowed."""
 

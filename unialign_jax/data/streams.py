@@ -15,7 +15,7 @@ from unialign_jax.data.arrays import Preparation
 from unialign_jax.data.buckets import agreed_sizes, divide
 from unialign_jax.data.caches import Caches
 from unialign_jax.data.config import DataConfig
-from unialign_jax.data.report import CorpusError
+from unialign_jax.data.report import CorpusError, TooFewRows
 from unialign_jax.data.samples import Cause, Refused
 from unialign_jax.data.schedule import Schedule
 from unialign_jax.data.sources import Source
@@ -77,11 +77,11 @@ def in_chunks(slots: Sequence[int]) -> tuple[Sequence[int], ...]:
 
 
 def check_length(source: Source, config: DataConfig) -> None:
-    """Refuses a source with fewer rows than one batch, as `CorpusError`."""
+    """Refuses a source with fewer rows than one batch, as `TooFewRows`."""
     if len(source) < config.global_batch:
-        raise CorpusError(
-            f"{source.path}: {len(source)} rows don't fill one batch; lower global_batch ({config.global_batch}), or "
-            "leave this source out with a weight of 0"
+        raise TooFewRows(
+            f"{source.path}: {len(source)} rows don't fill one batch; lower data.global_batch ({config.global_batch}), "
+            "or leave this source out with a weight of 0"
         )
 
 

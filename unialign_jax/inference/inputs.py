@@ -222,8 +222,8 @@ def _told() -> Iterator[None]:
         yield
     except Refused as refused:
         if refused.cause == Cause.UNREADABLE_IMAGE:  # by now: it may be readable later
-            raise OSError(f"image {refused}") from refused
-        raise ValueError(f"image {refused}") from refused
+            raise OSError(str(refused)) from refused
+        raise ValueError(str(refused)) from refused
 
 
 def _fitted(image: Image.Image, height: int, width: int) -> np.ndarray:

@@ -149,7 +149,7 @@ def sample(job: Job) -> Result:
     missing = np.any([_unpack(packed, len(units)) for packed in agreement.gather(_pack(missing))], axis=0)
     left = [span for span, is_missing in zip(units, missing, strict=True) if is_missing]
 
-    failed, shown = 0, []
+    failed, shown, why = 0, [], None
     speaks = job.progress and jax.process_index() == 0
     if not left:
         failed = agreement.primary(output.failures)
@@ -179,7 +179,9 @@ def sample(job: Job) -> Result:
         ):
             writes: collections.deque[concurrent.futures.Future] = collections.deque()
             for (start, stop), made in make_units(make, rows, left, batch, bar, pool):
-                failed += sum(error is not None for _, _, error in made)
+                errors = [error for _, _, error in made if error is not None]
+                failed += len(errors)
+                why = why or next(iter(errors), None)
                 if isinstance(rows, FlagRows) and len(shown) < _SHOWN:
                     shown += output.told(start, stop, made)
                 writes.append(pool.submit(output.write, start, stop, made, facts))
@@ -193,7 +195,10 @@ def sample(job: Job) -> Result:
     if failed:
         logging.warning("%d of %d rows could not be made; *.error* files in %s say why", failed, rows.count, directory)
     if all_failed == rows.count:
-        raise NothingMade(f"not one of {rows.count} rows could be made; *.error* files in {directory} say why")
+        raise NothingMade(
+            f"not one of {rows.count} rows could be made; *.error* files in {directory} say why"
+            + (f", the first: {why}" if why else "")
+        )
     return Result(rows.count, failed, tuple(shown[:_SHOWN]))
 
 
@@ -293,8 +298,12 @@ def _claim(
     file = directory / SETTINGS_FILE
     directory.mkdir(parents=True, exist_ok=True)
     found = json.loads(file.read_text()) if file.exists() else {}
-    changed = [f"{key} was {found.get(key)!r} and is {value!r}" for key, value in settings.items()
-               if found.get(key) != value]  # fmt: skip
+    changed = [
+        # Of the requests, only a digest is kept.
+        "other prompts or images" if key == "requests" else f"{key} was {found.get(key)!r} and is {value!r}"
+        for key, value in settings.items()
+        if found.get(key) != value
+    ]
     # A run that failed before it made anything leaves its settings, which bind nobody.
     binding = any(map(is_result, directory.glob("*")))  # not `iterdir`: nothing is in a bucket that is not a file
     if binding and not found:

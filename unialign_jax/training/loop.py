@@ -85,6 +85,11 @@ def train(
             )
         )
         resume_step, saved, init = _beginning(run, checkpoints, saved_as, start, say)
+        if run.tuning.lora.rank and init is None:
+            raise run_config.ConfigError(
+                f"lora.rank is {run.tuning.lora.rank}, but {run.stage} starts from random parameters, to which "
+                "adapters add nothing; set init to what they are to adapt, or lora.rank to 0"
+            )
 
         # Text becomes ids. The tokenizer is part of the run: samplers of its checkpoints read it from the directory.
         tokenizer = _make_tokenizer(run, init, directory / "tokenizer", resuming=resume_step is not None)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import jax
 from etils import epath
 
+from unialign_jax.typed import WrongValue
+
 
 class StepProfiler:
     """Records what host and devices do in some steps of a run, into `DIRECTORY/plugins/profile/TIME/HOST.xplane.pb`.
@@ -68,11 +70,11 @@ def parse_steps(text: str | None) -> tuple[int, int] | None:
     """`START:STOP`, both included, as numbers.
 
     Raises:
-      ValueError: it is not of that form.
+      WrongValue: it is not of that form.
     """
     if text is None:
         return None
     match = re.fullmatch(r"(\d+):(\d+)", text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise ValueError(f"--profile_steps={text}: expected START:STOP, the first and the last step, such as 100:104")
+        raise WrongValue(f"--profile_steps={text}: expected START:STOP, the first and the last step, such as 100:104")
     return int(match[1]), int(match[2])

@@ -81,7 +81,7 @@ CASES = (
     *_cases(2, 4, 2, 4, 2, stage="personalize", source="compose"),
     *_cases(1, 2, 1, 2, 1, side=1024),
     # A sampler recomputes nothing: the policy is in its file's name alone.
-    Case("v6e:16x16", 256, 8, program="sample"),
+    *_cases(8, 16, 8, 32, 8, program="sample"),
 )
 
 

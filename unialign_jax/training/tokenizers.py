@@ -45,17 +45,18 @@ def make(run: RunConfig, init: str | None) -> Tokenizer:
             "tokenizer.learn_vocab_size"
         )
     sources = [open_source(source) for source in (*run.data.sources, *run.tokenizer.more_texts)]
+    refusals: list[str] = []
     if jax.process_index() == 0:
         print(f"[{run.stage}] learning a tokenizer from {sum(map(len, sources))} rows", flush=True)
     try:
-        return Tokenizer.learn(_texts(sources), run.tokenizer.learn_vocab_size)
+        return Tokenizer.learn(_texts(sources, refusals), run.tokenizer.learn_vocab_size)
     except CorpusError:  # about the texts, not about the size
         raise
     except ValueError as error:
         raise ConfigError(
             f"tokenizer.learn_vocab_size: {error} (model.text_encoder.vocab_size, model.transformer.vocab_size, its "
             "mask_token_id, one less, and model.teacher.vocab_size go with it; in configs/photos_tiny.py they do so by "
-            "themselves)"
+            "themselves)" + "".join(f". Rows that can't be used have no part in it, such as {row}" for row in refusals)
         ) from error
 
 
@@ -92,15 +93,19 @@ def of_teacher(run: RunConfig, networks: Networks, tokenizer: Tokenizer, init: s
     return tokenizer
 
 
-def _texts(sources: Iterable[Source]) -> Iterator[str]:
-    """All texts of the sources, for learning a tokenizer. Rows that can't be used are reported while training."""
+def _texts(sources: Iterable[Source], refusals: list[str]) -> Iterator[str]:
+    """All texts of the sources, for learning a tokenizer. The first row that can't be used is added to `refusals`; all
+    of them are reported while training.
+    """
 
     def read(rows: Source, numbers: Iterable[int]) -> list[str]:
         texts = []
         for index in numbers:
             try:
                 sample = rows[index]
-            except Refused:
+            except Refused as refused:
+                if not refusals:
+                    refusals.append(f"{rows.path}, {rows.place(index)}: {refused}")
                 continue
             texts += sorted({sample.caption, sample.instruction, sample.question, sample.answer} - {""})
         return texts
