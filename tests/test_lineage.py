@@ -36,6 +36,22 @@ def test_what_was_drawn_stays_so_until_the_whole_model_is_trained(tmp_path, monk
     assert lineage.drawn_of(None) == []
 
 
+def test_directories_near_a_checkpoint_say_where_it_is(tmp_path):
+    for step in (3, 7):
+        (tmp_path / "run" / "unify" / "checkpoints" / str(step)).mkdir(parents=True)
+        (tmp_path / "run" / "unify" / "checkpoints" / str(step) / "commit_success.txt").touch()
+    stage = tmp_path / "run" / "unify"
+    assert lineage.locate(stage) == stage / "checkpoints" / "7"
+    for wrong, message in (
+        (tmp_path / "run", f"holds a run's stages; name one: {stage}"),
+        (stage / "checkpoints", f"name the stage, {stage}, or one of its steps"),
+        (stage / "checkpoints" / "5", "no step 5; there are 3, 7"),
+        (stage / "checkpoints" / "3" / "state", "is no checkpoint: expected a run's stage directory"),
+    ):
+        with pytest.raises(FileNotFoundError, match=message):
+            lineage.locate(wrong)
+
+
 def test_a_converted_start_is_known_by_its_weights(golden, tmp_path):
     for name in ("here", "there"):
         convert.to_jax(golden, tmp_path / name, progress=False)

@@ -33,6 +33,8 @@ def test_images_are_measured_by_command(command, tmp_path):
     assert made.returncode == 0, made.stderr
     assert "2 rows, of which 1 can't be used" in made.stdout
     assert len(list(tmp_path.glob("*.sizes.npz"))) == 1
+    none = command("-m", "unialign_jax.data.buckets", f"--source={tmp_path / 'rows.jsonl'}", "--task=edit")
+    assert none.returncode == 1 and "none of 2 rows can be used; the first, line 1: " in none.stderr
 
 
 def test_semgen_bench_is_asked_for_where_it_is(command, tmp_path):

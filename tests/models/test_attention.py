@@ -268,6 +268,31 @@ def test_blocks_with_segments_fit_the_smallest_vector_memory(length):
     assert "segmented" in compiled.as_text()
 
 
+_FITS = """
+import sys
+import jax, jax.numpy as jnp
+from unialign_jax.models.attention_kernels import splash
+from unialign_jax.training import verdict
+topology = sys.argv[1]
+verdict.prepare(topology)
+one = jax.sharding.SingleDeviceSharding(verdict.describe(topology)[0])
+def total(query, key, value, segments):
+    return jnp.sum(splash(query, key, value, segments, segments).astype(jnp.float32))
+for length, head_size, segmented in ((2304, 64, False), (2304, 128, False), (2304, 64, True), (4352, 64, True)):
+    x = jax.ShapeDtypeStruct((1, length, 2, head_size), jnp.bfloat16, sharding=one)
+    ids = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=one) if segmented else None
+    jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(x, x, x, ids).compile()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v6e:2x2", "tpu7x:2x2x1"])
+def test_blocks_fit_the_vector_memory_that_the_flags_leave_them(topology):
+    """The compiler takes its flags once in a process."""
+    done = subprocess.run([sys.executable, "-c", _FITS, topology], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.parametrize(
     ("backend", "dtype", "head_size", "named"),
     [

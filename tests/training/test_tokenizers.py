@@ -68,6 +68,16 @@ def test_all_texts_are_learned_from_in_whatever_format_they_are(tmp_path):
         tokenizers.make(run_config.read(config), None)
 
 
+def test_rows_that_no_text_can_be_taken_from_are_named(tmp_path):
+    config = runpy.run_path(str(CONFIG.with_name("photos_tiny.py")))["get_config"]()
+    (tmp_path / "rows.jsonl").write_text('{"img": "a.png", "caption": "a red square"}\n' * 3)
+    config.data.sources.photos.path = str(tmp_path / "rows.jsonl")
+    with pytest.raises(
+        run_config.ConfigError, match=r"is empty.*rows.jsonl, line 1: missing key: 'image'; the row has"
+    ):
+        tokenizers.make(run_config.read(config), None)
+
+
 def test_it_comes_with_the_weights_however_many_stages_ago(converted, mine, tmp_path, monkeypatch):
     run = types.SimpleNamespace(teacher_tokenizer=None)
     theirs = tokenizers.of_teacher(run, networks(50), mine, str(converted)).fingerprint()

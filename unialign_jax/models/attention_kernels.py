@@ -32,8 +32,8 @@ def block_sides(queries: int, keys: int, head_size: int, itemsize: int) -> tuple
     Up to 1152 tokens one block holds a sequence; above, it is the side in 640..1152 that pads the sequence least, the
     larger on a tie. Published tunings lie at 512..2048. Where these pad, as they do 4352 tokens (34 x 128) by 3 %,
     which is 6 % of the work, long blocks that do not are taken instead: 256 queries by up to 2176 keys. Heads of more
-    than 256 bytes per token (float32, or wider than 128) get blocks of at most 512 tokens, so that all fits the 16 MiB
-    of vector memory of the smallest chips.
+    than 256 bytes per token (float32, or wider than 128) get blocks of at most 512 tokens, so that all fits the vector
+    memory that a kernel gets: 13 MiB on v6e and tpu7x, by their flags, and 16 on others.
     """
     rows, columns = (-(-length // LANES) for length in (queries, keys))
     largest = _largest_block(head_size, itemsize)
@@ -54,18 +54,21 @@ def _largest_block(head_size: int, itemsize: int) -> int:
     return 9 if max(head_size, LANES) * itemsize <= 256 else 4
 
 
-def _block_sizes(block_q: int, block_kv: int, keys: int, largest: int, segmented: bool) -> splash_attention.BlockSizes:
+def _block_sizes(
+    block_q: int, block_kv: int, keys: int, largest: int, head_size: int, segmented: bool
+) -> splash_attention.BlockSizes:
     """The kernel's settings for blocks that divide the padded lengths.
 
     The forward pass fetches one block of keys at a time. The backward pass fetches as many as two of the largest hold
-    (2048 keys if segments need their share of vector memory): fused, which makes dQ, dK and dV in five products instead
-    of seven, it writes one partial dQ (in the inputs' dtype) per fetch. Of logits as many are made at a time as 1152
-    queries have with 896 keys, because whole blocks of 1152 spill half the vector memory's worth of registers.
+    (2048 keys if segments or heads wider than 64 need their share of vector memory): fused, which makes dQ, dK and dV
+    in five products instead of seven, it writes one partial dQ (in the inputs' dtype) per fetch. Of logits as many are
+    made at a time as 1152 queries have with 896 keys, because whole blocks of 1152 spill half the vector memory's worth
+    of registers.
 
     Queries, keys and values lie in memory with their tokens last (`SEQ_MINOR`): tiles of 128 lanes are full then, where
     heads of 64 would fill them half, and the linear layers write them so.
     """
-    held = min(2 * largest * LANES, 2048) if segmented else 2 * largest * LANES
+    held = min(2 * largest * LANES, 2048) if segmented or head_size > HEAD_UNIT else 2 * largest * LANES
     most = max(held // block_kv, 1)
     fetch = block_kv * max(n for n in range(1, most + 1) if keys // block_kv % n == 0)
     compute = max(n for n in range(LANES, block_kv + 1, LANES) if block_kv % n == 0 and n * block_q <= 1152 * 896)
@@ -153,7 +156,7 @@ def splash(
     largest = _largest_block(head_size, query.dtype.itemsize)
     kernel = splash_attention.make_splash_mha(
         splash_attention.MultiHeadMask([mask] * heads),
-        block_sizes=_block_sizes(block_q, block_kv, key.shape[2], largest, segmented=key_segments is not None),
+        block_sizes=_block_sizes(block_q, block_kv, key.shape[2], largest, head_size, key_segments is not None),
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=_RESIDUALS,
