@@ -352,6 +352,11 @@ def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_made(corpus, tmp
     assert not (tmp_path / "run").exists()
 
 
+def test_adapters_of_nothing_are_refused(corpus, tmp_path):
+    with pytest.raises(ValueError, match=r"lora.rank is 2, but .* starts from random parameters"):
+        loop.train(make_config(corpus, **{"lora.rank": 2}), tmp_path / "run")
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(corpus, tmp_path, monkeypatch):
     def make_failing_step(*_, **__):
         def step(state, frozen, batch, key):

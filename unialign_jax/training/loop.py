@@ -306,7 +306,8 @@ def _check_vocabulary(networks: Networks, tokenizer: Tokenizer) -> None:
     if config.mask_token_id != tokenizer.mask_id:
         raise run_config.ConfigError(
             f"model.transformer.mask_token_id is {config.mask_token_id}, but the tokenizer masks with id "
-            f"{tokenizer.mask_id}; make them equal"
+            f"{tokenizer.mask_id}; make them equal (in configs/photos_tiny.py they follow from "
+            f"--config.tokenizer.learn_vocab_size={tokenizer.mask_id + 1})"
         )
     if not tokenizer.mask_id < config.vocab_size <= tokenizer.vocab_size:
         raise run_config.ConfigError(
