@@ -323,7 +323,7 @@ class Checkpoints:
                     "--workdir, on a disk that they share or gs://"
                 )
 
-        agreement.primary(lambda: file.write_text("All processes must see this.\n") and None, *_SHARED)
+        agreement.primary(lambda: file.write_text("All processes must see this.\n"), *_SHARED)
         try:
             agreement.everywhere(check, *_SHARED)
         finally:
@@ -340,8 +340,9 @@ class Checkpoints:
                 raise
             self._lost = True
             logging.error("%s: the save before failed, so this one is tried: %s", self.directory, error)
-            if not agreement.is_timeout(error):  # after one, files may still be on their way
-                agreement.primary(self._remove_leftovers, *_SHARED)
+            # After a timeout, files may still be on their way. Process 0 decides: others may know its name only.
+            timeout = agreement.is_timeout(error)
+            agreement.primary(lambda: None if timeout else self._remove_leftovers(), *_SHARED)
             self._manager.reload()
         else:
             self._lost = False
