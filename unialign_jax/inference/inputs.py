@@ -105,7 +105,7 @@ def check_number(name: str, value: Any, low: float, high: float = math.inf, *, w
     """
     kinds = int | np.integer if whole else int | float | np.integer | np.floating
     if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high or math.isinf(value):
-        limits = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+        limits = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:.10g}"
         raise ValueError(f"{name} is {value!r}; a{' whole' if whole else ''} number {limits} was expected")
 
 
