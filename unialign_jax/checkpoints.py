@@ -90,12 +90,11 @@ class Checkpoints:
         self.directory = storage.absolute(directory)
         self._manager, self._lost = None, False
         self._claim, self._token = self.directory.parent / f"{self.directory.name}.claim", None
-        if not read_only:
+        if read_only:
+            agreement.everywhere(self._check_there, *_SHARED)
+        else:
             agreement.primary(lambda: self.directory.mkdir(parents=True, exist_ok=True), *_SHARED)
             self._check_shared()
-        else:
-            agreement.everywhere(self._check_there, *_SHARED)
-        if not read_only:
             items = {"state": ocp.StandardCheckpointHandler()}
             items |= {name: ocp.JsonCheckpointHandler() for name in ("data", "meta")}
             options = ocp.CheckpointManagerOptions(
@@ -313,8 +312,13 @@ class Checkpoints:
         """Refuses a directory that hosts have each for themselves: all must see a file that process 0 puts there."""
         if jax.process_count() == 1:
             return
-        name = agreement.primary(lambda: f"{self.directory.name}.seen-{uuid.uuid4().hex}")
-        file = self.directory.parent / name
+
+        def put() -> str:
+            file = self.directory.parent / f"{self.directory.name}.seen-{uuid.uuid4().hex}"
+            file.write_text("All processes must see this.\n")
+            return file.name
+
+        file = self.directory.parent / agreement.primary(put, *_SHARED)
 
         def check() -> None:
             if not file.exists():
@@ -323,7 +327,6 @@ class Checkpoints:
                     "--workdir, on a disk that they share or gs://"
                 )
 
-        agreement.primary(lambda: file.write_text("All processes must see this.\n"), *_SHARED)
         try:
             agreement.everywhere(check, *_SHARED)
         finally:
