@@ -11,7 +11,7 @@ from etils import epath
 from unialign_jax import storage
 from unialign_jax.data.report import CorpusError
 from unialign_jax.data.rows import count_pairs, parse_conversation, parse_row
-from unialign_jax.data.samples import TASKS, Sample
+from unialign_jax.data.samples import Sample, check_task
 
 _CHUNK = 16 << 20
 _SPACE = ord(" ")  # white space is this byte and some below
@@ -38,8 +38,7 @@ class JsonlSource:
     """
 
     def __init__(self, path: epath.PathLike, task: str | None = None):
-        if task is not None and task not in TASKS:
-            raise ValueError(f"{path}: no task {task!r}; the tasks are {', '.join(TASKS)}")
+        check_task(path, task)
         self.path, self.sizes_path = str(path), sizes_path(path, task)
         self._rows = _Rows(epath.Path(path), "line", _index_rows)
         self._task = task

@@ -60,6 +60,12 @@ class Refused(ValueError):
         return f"{self.cause}: {self.detail}"
 
 
+def check_task(path: object, task: str | None) -> None:
+    """Refuses, with a ValueError, a source at `path` whose `task` is none of `TASKS` and not None."""
+    if task is not None and task not in TASKS:
+        raise ValueError(f"{path}: no task {task!r}; the tasks are {', '.join(TASKS)}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """A usable training sample; making one checks it.

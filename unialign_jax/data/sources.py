@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from unialign_jax import storage
 from unialign_jax.data.jsonl import ConversationSource, JsonlSource
-from unialign_jax.data.samples import TASKS, Sample
+from unialign_jax.data.samples import Sample, check_task
 from unialign_jax.data.webdataset import TarSource
 
 FORMATS = ("rows", "conversations", "tfds", "webdataset")
@@ -83,8 +83,7 @@ class SourceConfig:
     def __post_init__(self):
         if self.format not in FORMATS:
             raise ValueError(f"{self.path}: format is {self.format!r}, expected one of {', '.join(FORMATS)}")
-        if self.task is not None and self.task not in TASKS:
-            raise ValueError(f"{self.path}: no task {self.task!r}; the tasks are {', '.join(TASKS)}")
+        check_task(self.path, self.task)
         if not self.weight > 0:
             raise ValueError(f"{self.path}: weight is {self.weight}, expected more than 0")
         if self.references < 0:

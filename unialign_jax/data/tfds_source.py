@@ -13,7 +13,7 @@ from etils import epath
 from tensorflow_datasets.core import example_parser
 
 from unialign_jax.data.report import CorpusError
-from unialign_jax.data.samples import TASKS, Cause, Refused, Sample
+from unialign_jax.data.samples import TASKS, Cause, Refused, Sample, check_task
 from unialign_jax.data.shards import DamagedRecord, DamagedShard, Shards
 
 # What `build` writes; of another dataset, fields name the features that stand for these.
@@ -48,8 +48,7 @@ class TfdsSource:
         fields: Mapping[str, str] | None = None,
         data_dir: epath.PathLike | None = None,
     ):
-        if task is not None and task not in TASKS:
-            raise ValueError(f"{path}: no task {task!r}; the tasks are {', '.join(TASKS)}")
+        check_task(path, task)
         if unknown := set(fields or ()) - set(FEATURES):
             raise ValueError(f"{path}: no field {min(unknown)!r}; the fields are {', '.join(FEATURES)}")
         self.path = f"{path}[{split}]"

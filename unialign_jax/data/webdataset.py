@@ -21,7 +21,7 @@ from unialign_jax import storage
 from unialign_jax.data.jsonl import sizes_path
 from unialign_jax.data.report import CorpusError
 from unialign_jax.data.rows import is_row, parse_row
-from unialign_jax.data.samples import TASKS, Cause, Refused, Sample
+from unialign_jax.data.samples import Cause, Refused, Sample, check_task
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jp2")
 _CHUNK = 1 << 20
@@ -42,8 +42,7 @@ class TarSource:
     """
 
     def __init__(self, path: epath.PathLike, task: str | None = None):
-        if task is not None and task not in TASKS:
-            raise ValueError(f"{path}: no task {task!r}; the tasks are {', '.join(TASKS)}")
+        check_task(path, task)
         self.path = str(path)
         self.sizes_path = sizes_path(path, task)
         self._task = task
